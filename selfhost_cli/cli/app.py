@@ -1,0 +1,206 @@
+"""The commands: each parses, makes one call, renders the result."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from selfhost_cli import __version__
+from selfhost_cli.errors import UsageError
+
+app = typer.Typer(
+    name="selfhost",
+    help="Claude Code on a rented GPU: up, claude, down. Never a forgotten bill.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line; SelfhostErrors pass through to `entry.main`, which is the one error boundary."""
+    profile, rest = _take_profile(list(argv))
+    try:
+        app(args=rest, prog_name="selfhost", obj=profile)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+@app.callback()
+def options(
+    profile: Annotated[
+        str, typer.Option(help="Set of state, config and cache to use; goes with every command.")
+    ] = "default",
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=lambda on: _version(on))] = False,
+) -> None:
+    """Claude Code on a rented GPU: up, claude, down. Never a forgotten bill."""
+
+
+@app.command()
+def up(
+    ctx: typer.Context,
+    claude_args: Annotated[list[str] | None, typer.Argument(help="Behind --: arguments for claude.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before renting.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not launch Claude Code.")] = False,
+    gpu: Annotated[str | None, typer.Option(help='Exact name, e.g. "RTX 4090".')] = None,
+    region: Annotated[str | None, typer.Option(help="Only places whose name contains this.")] = None,
+    max_price: Annotated[float | None, typer.Option(help="Most $/h, disk included.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model to serve.")] = None,
+    engine: Annotated[str | None, typer.Option(help="ollama, or llamacpp in the sandbox.")] = None,
+    disk: Annotated[float | None, typer.Option(help="GB to rent.")] = None,
+    hours: Annotated[float | None, typer.Option(help="The box ends by itself after this many hours.")] = None,
+    max_spend: Annotated[float | None, typer.Option(help="The box ends by itself after this many dollars.")] = None,
+    idle: Annotated[float | None, typer.Option(help="… after this many minutes without a request.")] = None,
+    port: Annotated[int | None, typer.Option(help="Local port for Claude Code.")] = None,
+    unguarded: Annotated[bool | None, typer.Option("--unguarded", help="Keep a box that cannot end itself.")] = None,
+    json: Json = False,
+) -> None:
+    """Rent a box, or resume the one already paid for, and launch Claude Code against it."""
+    from selfhost_cli import lifecycle
+    from selfhost_cli.cli import entry, render, wiring
+
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if not interactive and not yes:
+        raise UsageError("`selfhost up` asks before it rents, and this is no terminal", "Pass --yes.")
+    flags: dict[str, Any] = {"gpu": gpu, "region": region, "max_price": max_price, "model": model, "engine": engine}
+    flags |= {"disk": disk, "hours": hours, "max_spend": max_spend, "idle": idle, "port": port, "unguarded": unguarded}
+    settings = _settings(ctx, flags)
+    launch = interactive and not detach and not json
+
+    def confirm(plan: lifecycle.Plan) -> bool:
+        render.plan(plan)
+        return yes or typer.confirm("Rent it?", default=False, err=True)
+
+    with _signals_interrupt(), render.Talk() as talk, wiring.world(settings, talk) as world:
+        with wiring.billing_headline(settings.paths.ledger):
+            rental = lifecycle.up(world, confirm, needs_claude=launch)
+        url = world.keeper.start().url
+    if json:
+        render.as_json({"rental": rental, "url": url})
+    else:
+        render.ready(rental, url)
+    if launch:
+        entry.claude(settings.profile, claude_args or [])
+
+
+@app.command()
+def down(
+    ctx: typer.Context,
+    everything: Annotated[bool, typer.Option("--all", help="Also boxes of other selfhost installations.")] = False,
+    json: Json = False,
+) -> None:
+    """Destroy every box, prove by listing that nothing is left, print the invoice."""
+    from selfhost_cli import lifecycle
+    from selfhost_cli.cli import render, wiring
+
+    settings = _settings(ctx)
+    with render.Talk() as talk, wiring.world(settings, talk) as world, wiring.billing_headline(settings.paths.ledger):
+        ended = lifecycle.down(world, everything=everything)
+    render.as_json(ended) if json else render.ended(ended)
+
+
+@app.command()
+def status(ctx: typer.Context, json: Json = False) -> None:
+    """What is rented, whether it answers, and what it has cost so far."""
+    from selfhost_cli import status as state
+    from selfhost_cli.cli import render
+    from selfhost_cli.ledger import Ledger
+
+    settings = _settings(ctx)
+    settings.paths.make()
+    values = state.look(settings, Ledger(settings.paths.ledger), now=time.time())
+    render.as_json(values) if json else render.status(values)
+
+
+@app.command()
+def env(ctx: typer.Context, json: Json = False) -> None:
+    """The environment that `selfhost claude` sets, as shell lines: for other clients of the same box."""
+    from selfhost_cli.cli import entry, render
+
+    values = entry.environment(_settings(ctx))
+    if json:
+        render.as_json(values)
+        return
+    import shlex
+
+    for name, value in sorted(values.items()):
+        print(f"export {name}={shlex.quote(value)}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def claude(ctx: typer.Context) -> None:
+    """Run Claude Code against the box; every argument passes through untouched."""
+    from selfhost_cli.cli import entry
+
+    entry.claude(_settings(ctx).profile, ctx.args)
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the box up, to try the other commands on it.")] = False,
+    engine: Annotated[str, typer.Option(help="llamacpp; ollama comes with a later version.")] = "llamacpp",
+) -> None:
+    """The whole way on this machine, without an account: a sandbox market, a real box, a real model."""
+    from selfhost_cli.cli import demo as command
+
+    with _signals_interrupt():
+        command.run(keep=keep, engine=engine)
+
+
+def _settings(ctx: typer.Context, flags: dict[str, Any] | None = None) -> Any:
+    from selfhost_cli import config
+
+    return config.load(ctx.obj, flags=flags)
+
+
+def _take_profile(argv: list[str]) -> tuple[str, list[str]]:
+    """`--profile NAME` may stand anywhere before `--`; returns the name and the other arguments."""
+    profile = os.environ.get("SELFHOST_PROFILE") or "default"
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            rest += [word, *words]
+        elif word == "--profile":
+            try:
+                profile = next(words)
+            except StopIteration:
+                raise UsageError("--profile needs a name") from None
+        elif word.startswith("--profile="):
+            profile = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return profile, rest
+
+
+def _version(on: bool) -> None:
+    if on:
+        print(__version__)
+        raise typer.Exit
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: with the clean-up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)

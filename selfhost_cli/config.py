@@ -1,0 +1,283 @@
+"""Settings, resolved once: flag > `SELFHOST_*` environment > `config.toml` > default. Remembers the source of each.
+
+Nothing is read at import, and what only some paths need is imported there: this module is on the way of every
+`selfhost claude`. `Settings` is the one table of what can be set: field, type, default, help.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from selfhost_cli.errors import UsageError
+
+LIVE_MARKET = "https://console.vast.ai"
+IMAGE = "vastai/base-image:cuda-12.8.1-cudnn-devel-ubuntu24.04-py312"
+"""The container image: Debian-like, with sshd (added by the market's ssh run type), curl and Python 3.12.
+
+Source: the vast-ai/base-image repository's tag scheme. Unverified: never pulled by this project.
+"""
+IMAGE_GB = 8.0
+"""Compressed size to count on for the pull; an estimate from the same source, unverified."""
+
+
+class Source(IntEnum):
+    """Where a value came from; the higher one wins."""
+
+    DEFAULT = 0
+    FILE = 1
+    ENVIRONMENT = 2
+    FLAG = 3
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The directories of one profile."""
+
+    config: Path
+    state: Path
+    cache: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.config / "config.toml"
+
+    @property
+    def ledger(self) -> Path:
+        return self.state / "ledger.sqlite3"
+
+    @property
+    def login_key(self) -> Path:
+        return self.state / "login_ed25519"
+
+    @property
+    def front_token(self) -> Path:
+        return self.state / "front.token"
+
+    @property
+    def keeper_file(self) -> Path:
+        return self.state / "keeper.json"
+
+    @property
+    def keeper_lock(self) -> Path:
+        return self.state / "keeper.lock"
+
+    @property
+    def keeper_log(self) -> Path:
+        return self.state / "keeper.log"
+
+    @property
+    def up_lock(self) -> Path:
+        return self.state / "up.lock"
+
+    def make(self) -> None:
+        """Create the directories, readable by their owner only."""
+        for path in (self.config, self.state, self.cache):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _setting(default: Any, help: str, *, secret: bool = False) -> Any:
+    return field(default=default, repr=not secret, metadata={"help": help, "secret": secret})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a command needs to know, with its source in `sources`."""
+
+    profile: str
+    paths: Paths
+    sources: Mapping[str, Source] = field(repr=False)
+
+    api_key: str = _setting("", "vast.ai account key; else the vast CLI's own key file", secret=True)
+    market_url: str = _setting(LIVE_MARKET, "the market's base URL")
+    poll: float = _setting(5.0, "seconds between two questions to the market")
+    listing_lag: float = _setting(60.0, "seconds the market's listing may lag behind a create or a destroy")
+    gpu: str = _setting("RTX 4090", "the exact name of the card, one of them")
+    gpu_ram_mb: int = _setting(23_000, "least video memory")
+    ram_mb: int = _setting(32_000, "least main memory of the machine")
+    reliability: float = _setting(0.98, "least reliability as the market scores it")
+    inet_down_mbps: float = _setting(300.0, "least download rate of the machine")
+    region: str = _setting("", "only places whose name contains this, e.g. US or Quebec")
+    max_price: float | None = _setting(None, "most $/h, disk included")
+    disk: float | None = _setting(None, "disk in GB; default: the model's size and room to spare")
+    hours: float = _setting(8.0, "the box ends by itself after this many hours")
+    max_spend: float = _setting(5.0, "the box ends by itself after this many dollars")
+    idle: float = _setting(45.0, "the box ends by itself after this many minutes without a request")
+    lease: float = _setting(45.0, "the box ends by itself after this many minutes without our keeper")
+    unguarded: bool = _setting(False, "keep a box whose watchdog could not arm itself")
+    boot_timeout: float = _setting(15.0, "minutes until a box must accept ssh")
+    install_timeout: float = _setting(45.0, "minutes until the engine and its model must be up")
+    image: str = _setting(IMAGE, "container image")
+    engine: str = _setting("ollama", "what generates tokens: ollama, or llamacpp in the sandbox")
+    model: str = _setting("qwen3-coder:30b", "the model to serve")
+    model_url: str = _setting("", "where llamacpp's model file comes from")
+    model_sha256: str = _setting("", "its checksum")
+    model_bytes: int = _setting(19_000_000_000, "size of the model to download")
+    context: int = _setting(65_536, "context window in tokens")
+    pip_args: str = _setting("", "arguments for pip on the box")
+    proxy_requirements: str = _setting("aiohttp==3.14.5", "what the proxy on the box is run with")
+    engine_requirements: str = _setting("xllamacpp==2026.10.11549", "what llamacpp is installed from")
+    port: int = _setting(8001, "the local port Claude Code talks to; the next free one when taken")
+    claude: str = _setting("", "path of the claude command; default: looked for")
+    claude_home: str = _setting("", "HOME for claude; default: yours")
+
+    @property
+    def sandbox(self) -> bool:
+        """The market is a simulated one on this machine, and so are the GPUs it rents out."""
+        from urllib.parse import urlsplit
+
+        return urlsplit(self.market_url).hostname in ("127.0.0.1", "localhost", "::1")
+
+    @property
+    def disk_gb(self) -> float:
+        """GB to rent: image and model twice over (a pull needs room to unpack), at least the market's minimum."""
+        return self.disk or max(16.0, round(2 * self.model_bytes / 1e9 + IMAGE_GB + 10))
+
+
+NAMES = tuple(f.name for f in fields(Settings) if f.metadata)
+FLAG_ONLY = ("profile", "paths", "sources")
+
+
+def paths(profile: str, env: Mapping[str, str]) -> Paths:
+    """Where a profile's files live: the platform's own places, XDG_* respected, `SELFHOST_HOME` for all in one."""
+    if not profile or not all(c.isalnum() or c in "-_" for c in profile):
+        raise UsageError(f"profile name {profile!r}: letters, digits, - and _ only")
+    if home := env.get("SELFHOST_HOME"):
+        base = Path(home).absolute()
+        return Paths(base / "config" / profile, base / "state" / profile, base / "cache")
+    import platformdirs
+
+    return Paths(
+        platformdirs.user_config_path("selfhost") / profile,
+        platformdirs.user_state_path("selfhost") / profile,
+        platformdirs.user_cache_path("selfhost"),
+    )
+
+
+def load(profile: str, *, flags: Mapping[str, object] | None = None, env: Mapping[str, str] | None = None) -> Settings:
+    """Resolve every setting. Raises UsageError naming the key, its source and what would be right."""
+    env = os.environ if env is None else env
+    where = paths(profile, env)
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(NAMES, Source.DEFAULT)
+    layers: list[tuple[Source, Mapping[str, object]]] = [
+        (Source.FILE, _read_file(where.config_file)),
+        (Source.ENVIRONMENT, _read_env(env)),
+        (Source.FLAG, {k: v for k, v in (flags or {}).items() if v is not None}),
+    ]
+    for source, layer in layers:
+        for name, value in layer.items():
+            values[name] = _cast(name, value, source)
+            sources[name] = source
+    return Settings(profile=profile, paths=where, sources=sources, **values)
+
+
+def installation_id(where: Paths) -> str:
+    """This installation's random id, made at first use; it is in every label."""
+    path = where.config / "installation"
+    if not path.exists():
+        import secrets
+        import tempfile
+
+        # Written aside and linked: whoever sees the file sees all of it, and of two writers the first one wins.
+        handle, draft = tempfile.mkstemp(dir=where.config, prefix=".installation-")
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_hex(5))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        finally:
+            os.unlink(draft)
+    identity = path.read_text().strip()
+    if len(identity) != 10 or not identity.isalnum():
+        raise UsageError(
+            f"{path} does not hold an installation id",
+            "It names your boxes at the market. Restore it, or run `selfhost down --all`, then delete the file.",
+        )
+    return identity
+
+
+def _read_file(path: Path) -> dict[str, object]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        import tomllib
+
+        return tomllib.loads(text)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}", "Mend the file; nothing was done.") from error
+
+
+def _read_env(env: Mapping[str, str]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name in NAMES:
+        value = env.get(f"SELFHOST_{name.upper()}")
+        if value:
+            found[name] = value
+    if "api_key" not in found and env.get("VAST_API_KEY"):
+        found["api_key"] = env["VAST_API_KEY"]
+    return found
+
+
+def _cast(name: str, value: object, source: Source) -> object:
+    if name not in NAMES:
+        import difflib
+
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"unknown setting {name!r} ({source.name.lower()}).{hint}")
+    kind = next(str(f.type) for f in fields(Settings) if f.name == name)
+    try:
+        return _convert(kind, value)
+    except (TypeError, ValueError) as error:
+        shown = "(hidden)" if name == "api_key" else repr(value)
+        raise UsageError(f"{name} = {shown} ({source.name.lower()}): {error}") from error
+
+
+def _convert(kind: str, value: object) -> object:
+    if kind == "bool":
+        return _boolean(value)
+    if kind == "str":
+        if not isinstance(value, str):
+            raise ValueError("expected text")
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("expected a number")
+    number = float(value)
+    if not 0 <= number < float("inf"):
+        raise ValueError("expected a number, zero or more")
+    if kind != "int":
+        return number
+    if number != int(number):
+        raise ValueError("expected a whole number")
+    return int(number)
+
+
+def _boolean(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    words = {
+        "1": True,
+        "true": True,
+        "on": True,
+        "yes": True,
+        "0": False,
+        "false": False,
+        "off": False,
+        "no": False,
+    }
+    try:
+        return words[str(value).lower()]
+    except KeyError:
+        raise ValueError("expected true or false") from None
+
+
+assert all(f.default is not MISSING for f in fields(Settings) if f.name not in FLAG_ONLY)

@@ -1,0 +1,81 @@
+"""Every error a person may meet, and the exit code it ends with.
+
+    SelfhostError            1  failed, nothing left running
+    ├── UsageError           2  the request itself makes no sense
+    ├── NotSetUp             3  key, ssh, claude or box missing; nothing can be billed
+    ├── NothingToRent        4  no offer within the limits
+    ├── MayBeBilling         5  something may still cost money: always the headline
+    ├── Interrupted        130  Ctrl-C, cleaned up
+    ├── Superseded           1  another command (usually `down`) took the rental over
+    └── MarketError          1  the market said no
+        ├── MarketUnreachable   no answer, or one that makes no sense
+        ├── KeyRefused       3  the account key is wrong or lacks a permission
+        ├── NoCredit         3  the account cannot pay
+        ├── OfferGone           somebody else was faster: try the next offer
+        └── AnswerLost          the create call may or may not have worked
+
+An error says what happened, to which thing, and (`remedy`) what to do next.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SelfhostError(Exception):
+    """Base of all errors shown to a person as `message` and `remedy`, without a traceback."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+
+class UsageError(SelfhostError):
+    exit_code = 2
+
+
+class NotSetUp(SelfhostError):
+    exit_code = 3
+
+
+class NothingToRent(SelfhostError):
+    exit_code = 4
+
+
+class MayBeBilling(SelfhostError):
+    exit_code = 5
+
+
+class Interrupted(SelfhostError):
+    exit_code = 130
+
+
+class Superseded(SelfhostError):
+    """The rental's state is no longer the one this step started from."""
+
+
+class MarketError(SelfhostError):
+    """The market refused a request for a reason that trying again will not change."""
+
+
+class MarketUnreachable(MarketError):
+    """No answer, a server error, a rate limit, or an answer whose shape is not the contract's."""
+
+
+class KeyRefused(MarketError):
+    exit_code = 3
+
+
+class NoCredit(MarketError):
+    exit_code = 3
+
+
+class OfferGone(MarketError):
+    pass
+
+
+class AnswerLost(MarketError):
+    """A create whose outcome is unknown: only looking for its label can tell."""

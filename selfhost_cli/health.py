@@ -1,0 +1,98 @@
+"""Is it really there? Probes from the outside in, the last one a token that was really generated. Only looks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from selfhost_cli.attach import Front
+from selfhost_cli.model import Event, Probe
+
+TOKEN_S = 120.0
+LOOK_S = 20.0
+AGAIN = "Run `selfhost down` to end the bill, or `selfhost up` to try again."
+
+
+@dataclass(frozen=True)
+class HealthReport:
+    """The probes in order; the first failure is the last probe."""
+
+    probes: tuple[Probe, ...]
+
+    @property
+    def failed(self) -> Probe | None:
+        return next((probe for probe in self.probes if not probe.ok), None)
+
+
+def check(front: Front, *, model: str, context: int, report: Callable[[Event], None]) -> HealthReport:
+    """Probe tunnel and proxy, engine, model, context and one real token; stops at the first failure."""
+    probes: list[Probe] = []
+    with httpx.Client(
+        base_url=front.url, headers={"Authorization": f"Bearer {front.token}"}, timeout=LOOK_S, trust_env=False
+    ) as client:
+        for probe in _probes(client, model, context):
+            probes.append(probe)
+            report(Event(f"health: {probe.name}", "done" if probe.ok else "fail", probe.detail))
+            if not probe.ok:
+                break
+    return HealthReport(tuple(probes))
+
+
+def _probes(client: httpx.Client, model: str, context: int) -> Iterator[Probe]:
+    began = time.monotonic()
+
+    def verdict(name: str, ok: bool, detail: str) -> Probe:
+        nonlocal began
+        seconds, began = time.monotonic() - began, time.monotonic()
+        return Probe(name, ok, detail, seconds, "" if ok else AGAIN)
+
+    box = _box(client)
+    if isinstance(box, str):
+        yield verdict("proxy", False, box)
+        return
+    yield verdict("proxy", True, f"selfhost {box.get('version', '?')} on the box")
+    engine = str(box.get("engine"))
+    part = (box.get("components") or {}).get(engine)
+    yield verdict("engine", _is_up(part), engine if _is_up(part) else f"{engine} does not answer: {part}")
+    yield verdict("model", box.get("model") == model, f"serves {box.get('model')}, wanted {model}")
+    real = box.get("context")
+    fits = isinstance(real, int) and real >= context
+    yield verdict("context", fits, f"{real} tokens" if fits else f"{real} tokens, promised {context}")
+    answer = _token(client, model)
+    yield verdict("token", not answer.startswith("!"), answer.removeprefix("!"))
+
+
+def _box(client: httpx.Client) -> dict[str, Any] | str:
+    """What the proxy on the box says of itself, or why it says nothing."""
+    try:
+        body = client.get("/health").json()
+    except (httpx.HTTPError, ValueError) as error:
+        return f"the local front does not answer: {error}"
+    box = body.get("box") if isinstance(body, dict) else None
+    if isinstance(box, dict) and "components" in box:
+        return box
+    return f"the proxy on the box does not answer: {box or body}"
+
+
+def _is_up(part: object) -> bool:
+    return isinstance(part, dict) and part.get("status") in ("healthy", "up", "ok")
+
+
+def _token(client: httpx.Client, model: str) -> str:
+    """One really generated token, and how long it took; the reason with a leading "!" when there was none."""
+    body = {"model": model, "max_tokens": 8, "messages": [{"role": "user", "content": "Say OK."}]}
+    began = time.monotonic()
+    try:
+        # Marked, because a probe is not activity: it must not keep an idle box alive.
+        response = client.post("/v1/messages", json=body, headers={"x-selfhost-probe": "1"}, timeout=TOKEN_S)
+        answer = response.json()
+    except (httpx.HTTPError, ValueError) as error:
+        return f"!no answer: {error}"
+    usage = answer.get("usage") or {}
+    if response.status_code != 200 or not usage.get("output_tokens"):
+        return f"!{response.status_code} {answer.get('error') or answer}"
+    return f"{usage['output_tokens']} tokens in {time.monotonic() - began:.1f} s"

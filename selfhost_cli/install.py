@@ -1,0 +1,191 @@
+"""Everything that reaches a box after onstart: upload what changed, run install.sh, follow its progress.
+
+The steps themselves (inputs hashed, skipped when their result is there) are `templates/install.sh`'s: it also runs by
+hand, and goes on when the laptop goes away in the middle.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from selfhost_cli import payload
+from selfhost_cli.errors import SelfhostError
+from selfhost_cli.model import Event
+from selfhost_cli.remote import Remote, Result
+
+# Commands are values: what they do on a box is tested by running them, who runs them is somebody else's business.
+DIGESTS = (
+    "umask 077 && mkdir -p ~/.selfhost/bin ~/.selfhost/run && cd ~/.selfhost"
+    " && { find bin run/install.env -type f -exec sha256sum {} + 2>/dev/null || true; }"
+)
+INSTALL = "sh ~/.selfhost/bin/install.sh"
+PROXY_PORT = "cat ~/.selfhost/run/proxy.port"
+RENEW_LEASE = "touch ~/.selfhost/run/lease"
+ARMED = "cat ~/.selfhost/run/armed 2>/dev/null || true"
+
+ROOT = ".selfhost"
+SCRIPTS = ("install.sh", "start.sh", "stop.sh", "llamacpp.py")
+
+# install.sh says something every few seconds, even while pip or sha256sum are silent.
+SILENCE_S = 180.0
+
+_AGAIN = "run `selfhost up` to try again, or `selfhost down` to end the bill"
+
+
+@dataclass(frozen=True)
+class InstallSpec:
+    """What a box shall run. `size` (bytes) and `sha256` are those of the model file, None/"" when unknown.
+
+    `pip_args` and the requirements are words as pip takes them, separated by spaces.
+    """
+
+    engine: str
+    model: str
+    context: int
+    token: str = field(repr=False)
+    version: str
+    url: str = ""
+    sha256: str = ""
+    size: int | None = None
+    pip_args: str = ""
+    proxy_requirements: str = "aiohttp>=3.11"
+    engine_requirements: str = ""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What runs on the box now. `proxy_port` is on the box's own 127.0.0.1."""
+
+    proxy_port: int
+
+
+def apply(remote: Remote, spec: InstallSpec, report: Callable[[Event], None]) -> Installed:
+    """Bring the box to `spec`; doing it again changes nothing.
+
+    Raises SelfhostError with what the failing step said, and ConnectionLost when the connection broke (the box goes on
+    by itself, so that a later `apply` finds the work done).
+    """
+    return bring(remote, files(spec), report)
+
+
+def bring(
+    remote: Remote, wanted: dict[str, tuple[bytes, int]], report: Callable[[Event], None]
+) -> Installed:
+    """`apply` for given files (see `files`): upload what differs, run install.sh, ask for the port."""
+    _upload(remote, wanted, report)
+    _run_install(remote, report)
+    return Installed(_proxy_port(remote))
+
+
+def files(spec: InstallSpec) -> dict[str, tuple[bytes, int]]:
+    """Path below ~/.selfhost -> (content, mode) of everything that is uploaded."""
+    wanted = {f"bin/{name}": (payload.script(name), 0o700) for name in SCRIPTS}
+    wanted["bin/proxy.zip"] = (payload.proxy_zip(), 0o600)
+    wanted["run/install.env"] = (env_file(spec), 0o600)
+    return wanted
+
+
+def env_file(spec: InstallSpec) -> bytes:
+    """run/install.env: one `SELFHOST_NAME='value'` per setting, safe to source whatever the values hold."""
+    values = {
+        "ENGINE": spec.engine,
+        "MODEL": spec.model,
+        "MODEL_URL": spec.url,
+        "MODEL_SHA256": spec.sha256,
+        "MODEL_BYTES": "" if spec.size is None else str(spec.size),
+        "CONTEXT": str(spec.context),
+        "TOKEN": spec.token,
+        "VERSION": spec.version,
+        "PIP_ARGS": spec.pip_args,
+        "PROXY_REQUIREMENTS": spec.proxy_requirements,
+        "ENGINE_REQUIREMENTS": spec.engine_requirements,
+    }
+    return "".join(f"SELFHOST_{name}={_quote(value)}\n" for name, value in values.items()).encode()
+
+
+def parse(line: str) -> Event | None:
+    """A progress line of install.sh as an Event; None for anything else."""
+    fields = line.rstrip("\r\n").split("\t", 5)
+    if len(fields) != 6 or fields[0] != "@selfhost":
+        return None
+    _, stage, status, done, total, text = fields
+    match status:
+        case "start" | "progress" | "done" | "skip" | "fail":
+            return Event(stage, status, text, _number(done), _number(total))
+    return None
+
+
+def renew_lease(remote: Remote) -> None:
+    """Allow the box to live for another lease. Raises SelfhostError when it cannot be written."""
+    result = remote.run(RENEW_LEASE)
+    if result.code:
+        raise SelfhostError(f"the lease could not be renewed: {_tail(result)}", _AGAIN)
+
+
+def armed(remote: Remote) -> str:
+    """What became of the watchdog's trial call: "ok", "refused <why>", or "" while it is still trying."""
+    return remote.run(ARMED).out.strip()
+
+
+def _upload(remote: Remote, wanted: dict[str, tuple[bytes, int]], report: Callable[[Event], None]) -> None:
+    result = remote.run(DIGESTS)
+    if result.code:
+        raise SelfhostError(f"~/.selfhost on the box cannot be used: {_tail(result)}", _AGAIN)
+    present = {path: digest for digest, path in (line.split(None, 1) for line in result.out.splitlines())}
+    changed = {path: file for path, file in wanted.items() if present.get(path) != payload.digest(file[0])}
+    if not changed:
+        report(Event("upload", "skip", "already there"))
+        return
+    total = sum(len(data) for data, _ in changed.values())
+    report(Event("upload", "start"))
+    sent = 0
+    for path, (data, mode) in changed.items():
+        remote.put(data, f"{ROOT}/{path}", mode=mode)
+        sent += len(data)
+        report(Event("upload", "progress", path, sent, total))
+    report(Event("upload", "done", f"{len(changed)} files", total, total))
+
+
+def _run_install(remote: Remote, report: Callable[[Event], None]) -> None:
+    failed: deque[Event] = deque(maxlen=1)
+
+    def on_line(line: str) -> None:
+        event = parse(line)
+        if event is None:
+            return
+        if event.status == "fail":
+            failed.append(event)
+        report(event)
+
+    result = remote.run(INSTALL, timeout=SILENCE_S, on_line=on_line)
+    if result.code == 0:
+        return
+    if failed:
+        message = f"installing on the box failed at the step {failed[0].stage}: {failed[0].text}"
+    else:
+        message = f"installing on the box failed with status {result.code}"
+    raise SelfhostError(f"{message}\n{_tail(result)}".rstrip(), _AGAIN)
+
+
+def _proxy_port(remote: Remote) -> int:
+    result = remote.run(PROXY_PORT)
+    port = _number(result.out.strip())
+    if result.code or port is None:
+        raise SelfhostError(f"the proxy on the box does not say its port: {_tail(result)}", _AGAIN)
+    return port
+
+
+def _quote(value: str) -> str:
+    if "\0" in value:
+        raise SelfhostError("a setting of the box holds a NUL byte")
+    return "'" + value.replace("'", "'\\''") + "'"
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _tail(result: Result, lines: int = 20) -> str:
+    return "\n".join((result.err or result.out).strip().splitlines()[-lines:])

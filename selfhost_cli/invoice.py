@@ -1,0 +1,57 @@
+"""What a box cost. Pure: a rental, its usage and the market's figures -> an invoice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from selfhost_cli.ledger import Usage
+from selfhost_cli.model import Charges, Rental
+
+
+@dataclass(frozen=True)
+class Invoice:
+    """Dollars and tokens of one rental. `estimated` says that the market had no figures yet."""
+
+    label: str
+    instance_id: int | None
+    gpu: str
+    hours: float
+    gpu_dollars: float
+    disk_dollars: float
+    traffic_dollars: float
+    usage: Usage
+    estimated: bool
+    reason: str
+
+    @property
+    def total(self) -> float:
+        return self.gpu_dollars + self.disk_dollars + self.traffic_dollars
+
+    @property
+    def per_million_tokens(self) -> float | None:
+        tokens = self.usage.input_tokens + self.usage.output_tokens
+        return self.total / tokens * 1e6 if tokens else None
+
+
+def invoice(rental: Rental, usage: Usage, charges: Charges | None, *, now: float) -> Invoice:
+    """The bill until `now` or the rental's end. Without the market's figures, hours × the price locked at rent time."""
+    end = rental.ended_at or now
+    running_s = max(0.0, end - rental.running_at) if rental.running_at else 0.0
+    exists_s = max(0.0, end - (rental.sent_at or end)) if rental.instance_id else 0.0
+    if charges is None:
+        charges = Charges(rental.dph_base * running_s / 3600, rental.storage_dph * exists_s / 3600, traffic=0.0)
+        estimated = True
+    else:
+        estimated = False
+    return Invoice(
+        label=rental.label,
+        instance_id=rental.instance_id,
+        gpu=rental.gpu,
+        hours=running_s / 3600,
+        gpu_dollars=charges.gpu,
+        disk_dollars=charges.disk,
+        traffic_dollars=charges.traffic,
+        usage=usage,
+        estimated=estimated,
+        reason=rental.reason,
+    )

@@ -1,0 +1,110 @@
+"""One rental's tunnel and lease: a thread that connects, renews, notices and reconnects."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from selfhost_cli import install
+from selfhost_cli.model import Endpoint, Rental
+from selfhost_cli.remote import ConnectionLost, NotYet, Result
+
+RENEW_EVERY_S = 5.0
+ANSWER_S = 5.0
+BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+REFRESH_AFTER = 3
+"""Failed attempts before the market is asked whether the box has moved."""
+
+log = logging.getLogger("selfhost.keeper")
+
+
+class Tunnel(Protocol):
+    """What `remote.tunnel.Tunnel` gives."""
+
+    @property
+    def port(self) -> int: ...
+    def run(self, command: str, *, timeout: float) -> Result: ...
+    def close(self) -> None: ...
+
+
+class Link(threading.Thread):
+    """Keeps one rental reachable. `state`, `reason` and `port` may be read at any time.
+
+    The renewal of the lease is the liveness probe: an answer over the same connection within a deadline. Whatever
+    else says that the tunnel is up does not count.
+    """
+
+    def __init__(
+        self,
+        rental: Rental,
+        open_tunnel: Callable[[Rental, Endpoint], Tunnel],
+        endpoints: Callable[[Rental], Sequence[Endpoint]],
+    ) -> None:
+        super().__init__(name=f"link-{rental.instance_id}", daemon=True)
+        self.rental = rental
+        self.state = "connecting"
+        self.reason = ""
+        self.port: int | None = None
+        self.down_since: float | None = time.monotonic()
+        self._open_tunnel = open_tunnel
+        self._endpoints = endpoints
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        failures = 0
+        candidates: Sequence[Endpoint] = (self.rental.endpoint,) if self.rental.endpoint else ()
+        while not self._stopping.is_set():
+            tunnel = self._connect(candidates)
+            if tunnel is None:
+                failures += 1
+                if failures % REFRESH_AFTER == 0 or not candidates:
+                    candidates = self._endpoints(self.rental) or candidates
+                self._stopping.wait(BACKOFF_S[min(failures, len(BACKOFF_S)) - 1])
+                continue
+            failures = 0
+            try:
+                self._hold(tunnel)
+            finally:
+                self._set("reconnecting", self.reason, None)
+                tunnel.close()
+        self._set("stopped", "", None)
+
+    def stop(self) -> None:
+        """Ask the thread to end; the tunnel closes within the answer's deadline."""
+        self._stopping.set()
+
+    def _connect(self, candidates: Sequence[Endpoint]) -> Tunnel | None:
+        for endpoint in candidates:
+            try:
+                return self._open_tunnel(self.rental, endpoint)
+            except NotYet as error:
+                if error.message != self.reason:
+                    log.info("box %s: %s", self.rental.instance_id, error.message)
+                self._set(self.state, error.message, None)
+        return None
+
+    def _hold(self, tunnel: Tunnel) -> None:
+        """Renew the lease until that fails or we are to stop."""
+        while not self._stopping.is_set():
+            try:
+                answer = tunnel.run(install.RENEW_LEASE, timeout=ANSWER_S)
+            except ConnectionLost as error:
+                log.warning("box %s: %s", self.rental.instance_id, error.message)
+                self.reason = error.message
+                return
+            if answer.code != 0:
+                log.warning("box %s: the lease cannot be renewed: %s", self.rental.instance_id, answer.err.strip())
+            if self.state != "up":
+                log.info("box %s: tunnel up on port %s", self.rental.instance_id, tunnel.port)
+            self._set("up", "", tunnel.port)
+            self._stopping.wait(RENEW_EVERY_S)
+
+    def _set(self, state: str, reason: str, port: int | None) -> None:
+        if state == "up":
+            self.down_since = None
+        elif self.down_since is None:
+            self.down_since = time.monotonic()
+        self.state, self.reason, self.port = state, reason, port

@@ -1,0 +1,30 @@
+"""The keeper's composition root: settings -> the concrete parts it works with."""
+
+from __future__ import annotations
+
+import os
+
+from selfhost_cli import lifecycle
+from selfhost_cli.config import LIVE_MARKET, Settings
+from selfhost_cli.errors import NotSetUp
+from selfhost_cli.keeper.links import Tunnel
+from selfhost_cli.ledger import Ledger
+from selfhost_cli.model import Endpoint, Rental
+from selfhost_cli.remote import tunnel
+
+
+def open_tunnel(settings: Settings, rental: Rental, endpoint: Endpoint) -> Tunnel:
+    """Connect to a rental's box and forward to its proxy. Raises NotYet."""
+    assert rental.proxy_port is not None
+    return tunnel.Tunnel(endpoint, rental.host_key, settings.paths.login_key, rental.proxy_port)
+
+
+def books(settings: Settings, ledger: Ledger, report: lifecycle.Report) -> lifecycle.Books:
+    """What it takes to end a box. The SDK is loaded here, because most keepers never need it."""
+    from selfhost_cli.providers.vast import VastProvider, cli_key
+
+    key = settings.api_key or (cli_key(os.environ) if settings.market_url == LIVE_MARKET else "")
+    if not key:
+        raise NotSetUp("the account key is gone", "Set SELFHOST_API_KEY and run `selfhost down`.")
+    provider = VastProvider(key, settings.market_url)
+    return lifecycle.Books(settings=settings, provider=provider, ledger=ledger, report=report)

@@ -1,0 +1,228 @@
+"""The local database of rentals, events and usage: what we own, and what we owe.
+
+SQLite with `synchronous=FULL`: once a method returns, the row survives a crash. Every transition is one short
+`BEGIN IMMEDIATE` transaction, a lock that the kernel frees with the process, and names the states it may start from:
+who comes too late gets `Superseded` and must stop. `ENDING` is refused to nobody: `down` always wins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from selfhost_cli.errors import MayBeBilling, SelfhostError, Superseded
+from selfhost_cli.model import Caps, Endpoint, Rental, State
+
+SCHEMA = """
+CREATE TABLE rentals (
+    label TEXT PRIMARY KEY,
+    state TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    record TEXT NOT NULL
+) STRICT;
+CREATE TABLE events (
+    at REAL NOT NULL, label TEXT NOT NULL, kind TEXT NOT NULL, text TEXT NOT NULL
+) STRICT;
+CREATE TABLE usage (
+    at REAL NOT NULL, label TEXT NOT NULL, class TEXT NOT NULL,
+    input_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL
+) STRICT;
+CREATE INDEX usage_label ON usage (label);
+CREATE INDEX events_label ON events (label);
+PRAGMA user_version = 1;
+"""
+VERSION = 1
+
+
+class LedgerBroken(MayBeBilling):
+    """The ledger cannot be read or written; what it would have told may still be billed."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens that went through a box."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Ledger:
+    """One profile's ledger. Cheap to open; safe to use from several processes, one object per thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # Created by us and not by SQLite, which would leave the mode to the umask.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._migrate()
+        except (OSError, sqlite3.Error) as error:
+            raise _broken(path, error) from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def check(self) -> None:
+        """Prove that it is whole and can be written, before money depends on it. Raises LedgerBroken."""
+        with self._transaction() as db:
+            answer = db.execute("PRAGMA quick_check").fetchone()[0]
+            db.execute("UPDATE rentals SET state = state")
+        if answer != "ok":
+            raise _broken(self.path, answer)
+
+    def intend(self, rental: Rental) -> None:
+        """Commit the intent, before the paid call. Raises Superseded while another rental is unfinished."""
+        with self._transaction() as db:
+            other = db.execute("SELECT label FROM rentals WHERE state != ?", (State.ENDED,)).fetchone()
+            if other:
+                raise Superseded(f"rental {other[0]} is not finished", "Run `selfhost status`.")
+            db.execute(
+                "INSERT INTO rentals VALUES (?, ?, ?, ?)",
+                (rental.label, rental.state, rental.created_at, _encode(rental)),
+            )
+            self._note(db, rental.label, "state", rental.state)
+
+    def live(self) -> list[Rental]:
+        """Every rental that may cost money, oldest first."""
+        return self._select("WHERE state != 'ended' ORDER BY created_at")
+
+    def all(self) -> list[Rental]:
+        return self._select("ORDER BY created_at")
+
+    def get(self, label: str) -> Rental | None:
+        found = self._select("WHERE label = ?", label)
+        return found[0] if found else None
+
+    def advance(self, rental: Rental, to: State, **changes: Any) -> Rental:
+        """Move a rental on from the state the caller knows it in. Raises Superseded when it is elsewhere by now."""
+        with self._transaction() as db:
+            current = self._current(db, rental.label)
+            if current.state is not rental.state:
+                raise Superseded(
+                    f"rental {rental.label} is {current.state} by now", "Another selfhost command took it over."
+                )
+            return self._write(db, replace(current, state=to, **changes))
+
+    def note(self, rental: Rental, **changes: Any) -> Rental:
+        """Record facts without moving on; the same rule as `advance`."""
+        return self.advance(rental, rental.state, **changes)
+
+    def end(self, label: str, reason: str) -> Rental:
+        """Record that a rental is to end, from whatever state it is in. The first reason stays."""
+        with self._transaction() as db:
+            current = self._current(db, label)
+            if current.state in (State.ENDING, State.ENDED):
+                return current
+            return self._write(db, replace(current, state=State.ENDING, reason=reason))
+
+    def ended(self, label: str, at: float) -> Rental:
+        """Record that it is proven gone."""
+        with self._transaction() as db:
+            current = self._current(db, label)
+            return self._write(db, replace(current, state=State.ENDED, ended_at=current.ended_at or at))
+
+    def event(self, label: str, kind: str, text: str) -> None:
+        with self._transaction() as db:
+            self._note(db, label, kind, text)
+
+    def events(self, label: str) -> list[tuple[float, str, str]]:
+        return self._rows("SELECT at, kind, text FROM events WHERE label = ? ORDER BY rowid", label)
+
+    def add_usage(self, label: str, kind: str, usage: Usage) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)",
+                (time.time(), label, kind, usage.input_tokens, usage.cached_tokens, usage.output_tokens),
+            )
+
+    def usage(self, label: str) -> Usage:
+        sums = self._rows(
+            "SELECT count(*), total(input_tokens), total(cached_tokens), total(output_tokens) FROM usage WHERE label = ?",
+            label,
+        )[0]
+        return Usage(*(int(value) for value in sums))
+
+    def _migrate(self) -> None:
+        with self._transaction() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                for statement in SCHEMA.split(";"):
+                    db.execute(statement)
+            elif version != VERSION:
+                raise LedgerBroken(
+                    f"{self.path} was written by another version of selfhost (schema {version}, ours is {VERSION})",
+                    "Use that version, or end every box with `selfhost down` and move the file away.",
+                )
+
+    def _select(self, where: str, *values: object) -> list[Rental]:
+        return [_decode(row[0]) for row in self._rows(f"SELECT record FROM rentals {where}", *values)]
+
+    def _rows(self, query: str, *values: object) -> list[Any]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise _broken(self.path, error) from error
+
+    def _current(self, db: sqlite3.Connection, label: str) -> Rental:
+        row = db.execute("SELECT record FROM rentals WHERE label = ?", (label,)).fetchone()
+        if row is None:
+            raise Superseded(f"rental {label} is not in the ledger any more")
+        return _decode(row[0])
+
+    def _write(self, db: sqlite3.Connection, rental: Rental) -> Rental:
+        before = db.execute("SELECT state FROM rentals WHERE label = ?", (rental.label,)).fetchone()[0]
+        db.execute(
+            "UPDATE rentals SET state = ?, record = ? WHERE label = ?", (rental.state, _encode(rental), rental.label)
+        )
+        if before != rental.state:
+            self._note(db, rental.label, "state", f"{rental.state} {rental.reason}".strip())
+        return rental
+
+    @staticmethod
+    def _note(db: sqlite3.Connection, label: str, kind: str, text: str) -> None:
+        db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (time.time(), label, kind, text))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise _broken(self.path, error) from error
+
+
+def _broken(path: Path, why: object) -> SelfhostError:
+    return LedgerBroken(
+        f"the ledger {path} cannot be used: {why}",
+        "`selfhost down` asks the market itself and works without it. Then move the file away and start again.",
+    )
+
+
+def _encode(rental: Rental) -> str:
+    return json.dumps(asdict(rental))
+
+
+def _decode(text: str) -> Rental:
+    raw: Mapping[str, Any] = json.loads(text)
+    known = {f.name for f in fields(Rental)}
+    values = {name: value for name, value in raw.items() if name in known}
+    values["state"] = State(values["state"])
+    values["caps"] = Caps(**values["caps"])
+    values["endpoint"] = Endpoint(*values["endpoint"]) if values.get("endpoint") else None
+    return Rental(**values)

@@ -1,0 +1,709 @@
+"""Up and down: the only place where effects are sequenced.
+
+A rental moves through `State`; `STEPS` maps each state to the one step that leads on, so a crash resumes where the
+ledger says. The rules that keep people from paying for a lost machine:
+
+- The intent is committed, and the keeper knows of it, before the paid call.
+- The paid call is sent once; a lost answer is resolved by looking for the label for longer than a listing can lag.
+- Every failure before READY destroys what was made and proves it gone, or says loudly that it may still be billing.
+- `down` writes ENDING first; whoever tries to move the rental on after that gets `Superseded` and stops.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from selfhost_cli import __version__, config, health, install, offers, payload
+from selfhost_cli.attach import Front
+from selfhost_cli.config import Settings
+from selfhost_cli.errors import (
+    AnswerLost,
+    KeyRefused,
+    MarketError,
+    MarketUnreachable,
+    MayBeBilling,
+    NoCredit,
+    NothingToRent,
+    NotSetUp,
+    OfferGone,
+    SelfhostError,
+    Superseded,
+    UsageError,
+)
+from selfhost_cli.invoice import Invoice, invoice
+from selfhost_cli.ledger import Ledger
+from selfhost_cli.lock import ProcessLock
+from selfhost_cli.model import BoxSpec, BoxState, Caps, Endpoint, Event, Instance, Need, Rental, State
+from selfhost_cli.providers import Provider
+from selfhost_cli.remote import NotYet, Remote
+from selfhost_cli.wait import SYSTEM, Clock, Pending, TimedOut, until
+
+Report = Callable[[Event], None]
+
+CREATE_PAUSE_S = 5.0
+"""Between two paid calls: the market's own limit is 4.5 s."""
+ARM_S = 60.0
+TUNNEL_S = 60.0
+STOP_UP_S = 30.0
+ANY_INSTALLATION = "selfhost-"
+
+
+class Keeper(Protocol):
+    """The detached process that outlives `up`; see `keeper/`."""
+
+    def start(self) -> Front:
+        """Make sure that it runs, and return its front."""
+        ...
+
+    def watched(self) -> set[str]:
+        """Make it read the ledger now; the labels it watches over."""
+        ...
+
+    def tunnel(self, label: str) -> tuple[str, str]:
+        """State and reason of a rental's tunnel; the state is "up" when requests get through."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Books:
+    """What it takes to end a box and prove it: made by a wiring, replaced by tests."""
+
+    settings: Settings
+    provider: Provider
+    ledger: Ledger
+    report: Report
+    clock: Clock = SYSTEM
+
+    @property
+    def prefix(self) -> str:
+        """What the labels of this installation's boxes begin with."""
+        return f"{ANY_INSTALLATION}{config.installation_id(self.settings.paths)}-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class World(Books):
+    """What it takes to bring one up, too."""
+
+    keeper: Keeper
+    connect: Callable[[Endpoint, str, Path], Remote]
+    make_key: Callable[[str], tuple[str, str]]
+    find_claude: Callable[[], Path]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `up` is about to do: shown, confirmed and then executed from this one value."""
+
+    choice: offers.Choice
+    caps: Caps
+    model: str
+    engine: str
+    context: int
+    disk_gb: float
+    hours: float
+    credit: float
+    simulated: bool
+
+    @property
+    def best(self) -> offers.Ranked:
+        return self.choice.ranked[0]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What `down` found and ended, and what carries another installation's label."""
+
+    invoices: tuple[Invoice, ...]
+    unknown: tuple[Instance, ...]
+    foreign: tuple[Instance, ...]
+
+
+# --- up ---------------------------------------------------------------------------------------------------------
+
+
+def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = True) -> Rental:
+    """Bring a ready box up: resume or reuse what is already paid for, else rent. Returns the READY rental."""
+    preflight(world, needs_claude=needs_claude)
+    lock = ProcessLock(world.settings.paths.up_lock)
+    if not lock.acquire():
+        raise UsageError(
+            f"another `selfhost up` of this profile is running (process {lock.holder()})",
+            "Wait for it, or end it and its box with `selfhost down`.",
+        )
+    with lock:
+        rental = _unfinished(world)
+        if rental is None:
+            plan = make_plan(world)
+            if not confirm(plan):
+                raise SelfhostError("nothing was rented")
+            world.keeper.start()
+            return _guarded(world, lambda: _rent(world, plan))
+        world.keeper.start()
+        if rental.state is State.READY:
+            return _attach(world, rental)
+        return _guarded(world, lambda: _advance(world, rental))
+
+
+def preflight(world: World, *, needs_claude: bool = True) -> None:
+    """Everything that can be known to be wrong before money is spent."""
+    settings = world.settings
+    if settings.engine not in ("llamacpp", "ollama"):
+        raise UsageError(f"engine {settings.engine!r} is unknown", "The engines are ollama and llamacpp.")
+    if settings.engine == "ollama":
+        raise NotSetUp(
+            "the engine ollama is not part of this version yet, so nothing can be served on a live GPU box",
+            "Try `selfhost demo`: the whole way on this machine, in a sandbox.",
+        )
+    if not settings.sandbox:
+        raise UsageError(
+            "llamacpp here is a CPU build: on a rented GPU it would waste your money",
+            "The engine for GPU boxes is ollama; llamacpp serves `selfhost demo`.",
+        )
+    world.ledger.check()
+    world.provider.account()
+    if needs_claude:
+        world.find_claude()
+    world.provider.register_key(login_key(world)[1])
+
+
+def make_plan(world: World) -> Plan:
+    """Ask the market and choose. Raises NothingToRent with the reasons, NoCredit when the account cannot pay."""
+    settings = world.settings
+    need = Need(
+        gpu=settings.gpu,
+        gpu_ram_mb=settings.gpu_ram_mb,
+        ram_mb=settings.ram_mb,
+        reliability=settings.reliability,
+        inet_down_mbps=settings.inet_down_mbps,
+        disk_gb=settings.disk_gb,
+        hours=settings.hours,
+        region=settings.region,
+        max_price=settings.max_price,
+    )
+    download = settings.model_bytes + config.IMAGE_GB * 1e9
+    found = world.provider.offers(need)
+    choice = offers.choose(need, found, download_bytes=download, max_spend=settings.max_spend)
+    if not choice.ranked:
+        raise NothingToRent(
+            _why_nothing(need, choice), "Loosen --max-price, --region, --disk or --hours, or try later."
+        )
+    credit = world.provider.account().credit
+    best = choice.ranked[0]
+    least = best.offer.dph_total * (best.ready_s / 3600 + 1 / 6)
+    if credit < least:
+        raise NoCredit(
+            f"the account has ${credit:.2f}; getting ready and ten minutes of work cost ${least:.2f}",
+            "Add credit at https://cloud.vast.ai/billing/.",
+        )
+    caps = Caps(
+        lease_s=round(settings.lease * 60),
+        idle_s=round(settings.idle * 60),
+        max_s=round(settings.hours * 3600),
+        max_dollars=settings.max_spend,
+    )
+    return Plan(
+        choice=choice,
+        caps=caps,
+        model=settings.model,
+        engine=settings.engine,
+        context=settings.context,
+        disk_gb=settings.disk_gb,
+        hours=settings.hours,
+        credit=credit,
+        simulated=settings.sandbox,
+    )
+
+
+def login_key(world: World) -> tuple[Path, str]:
+    """This profile's login key, made at first use: (path of the private half, public line)."""
+    path = world.settings.paths.login_key
+    public = path.with_suffix(".pub")
+    if not (path.exists() and public.exists()):
+        private_text, public_text = world.make_key("selfhost")
+        for target, text in ((path, private_text), (public, public_text + "\n")):
+            draft = target.with_name(target.name + ".new")
+            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(text)
+            draft.replace(target)
+    return path, public.read_text().strip()
+
+
+def _unfinished(world: World) -> Rental | None:
+    """The rental to go on with, after those that were to end have been ended."""
+    for rental in world.ledger.live():
+        if rental.state is State.ENDING:
+            finish(world, rental)
+        elif rental.state is State.READY and _gone(world, rental):
+            world.ledger.end(rental.label, "the box ended by itself")
+            finish(world, rental)
+    live = world.ledger.live()
+    unknown = [box for box in world.provider.instances(world.prefix) if box.label not in {r.label for r in live}]
+    if unknown:
+        raise MayBeBilling(
+            f"box {unknown[0].id} (${unknown[0].dph_total:.2f}/h) carries our label, but the ledger does not know it",
+            "End it with `selfhost down`.",
+        )
+    return live[0] if live else None
+
+
+def _guarded(world: World, work: Callable[[], Rental]) -> Rental:
+    """Run a part of `up` that spends money: unless it gets READY, what it made is destroyed and proven gone."""
+    try:
+        return work()
+    except Superseded:
+        raise  # `down` was faster and ends the box itself
+    except BaseException as error:
+        _clean_up(world, error)
+        raise
+
+
+def _clean_up(world: World, cause: BaseException) -> None:
+    unready = [rental for rental in world.ledger.live() if rental.state is not State.READY]
+    reason = "interrupted" if isinstance(cause, KeyboardInterrupt) else str(cause)
+    try:
+        for rental in unready:
+            world.report(Event("down", "start", f"ending {rental}"))
+            world.ledger.end(rental.label, reason)
+            finish(world, rental)
+    except (SelfhostError, KeyboardInterrupt) as error:
+        if isinstance(error, MayBeBilling):
+            raise error from cause
+        raise _headline(unready, str(error) or "interrupted again while cleaning up") from cause
+
+
+def _rent(world: World, plan: Plan) -> Rental:
+    """Walk the offers until one is ours and READY."""
+    problem: MarketError | None = None
+    for turn, ranked in enumerate(plan.choice.ranked[:5]):
+        if turn:
+            world.clock.sleep(CREATE_PAUSE_S if not world.settings.sandbox else 0.2)
+        try:
+            rental = _create(world, plan, ranked)
+        except OfferGone as error:
+            world.report(Event("rent", "note", f"{error.message}; trying the next one"))
+            problem = error
+            continue
+        return _advance(world, rental)
+    raise NothingToRent("every offer was gone when we asked for it", "Run `selfhost up` again.") from problem
+
+
+def _create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
+    """Intent, keeper, paid call: in this order. Returns the rental in BOOTING."""
+    offer, settings = ranked.offer, world.settings
+    host_private, host_public = world.make_key("selfhost-bootstrap")
+    _, login_public = login_key(world)
+    label = f"{world.prefix}{uuid.uuid4()}"
+    env = _box_env(settings, plan, ranked)
+    spec = BoxSpec(label, settings.image, plan.disk_gb, payload.onstart(host_private, host_public, login_public), env)
+    rental = Rental(
+        label=label,
+        state=State.CREATING,
+        created_at=world.clock.time(),
+        offer_id=offer.id,
+        machine_id=offer.machine_id,
+        gpu=offer.gpu,
+        place=offer.place,
+        dph_base=offer.dph_base,
+        dph_total=offer.dph_total,
+        storage_dph=offer.storage_dph,
+        down_per_gb=offer.down_per_gb,
+        up_per_gb=offer.up_per_gb,
+        model=plan.model,
+        engine=plan.engine,
+        context=plan.context,
+        caps=plan.caps,
+        host_key=host_public,
+        box_token=secrets.token_urlsafe(32),
+    )
+    world.ledger.intend(rental)
+    try:
+        if label not in world.keeper.watched():
+            raise SelfhostError("the keeper does not watch the new rental", "Run `selfhost up` again.")
+        world.report(Event("rent", "start", f"renting {offer.gpu} in {offer.place or 'an unknown place'}"))
+        rental = world.ledger.note(rental, sent_at=world.clock.time())
+    except SelfhostError:
+        world.ledger.ended(label, world.clock.time())  # not sent: nothing exists
+        raise
+    try:
+        instance_id = world.provider.create(offer, spec)
+    except AnswerLost:
+        world.report(Event("rent", "note", "the market's answer was lost; looking for the box by its label"))
+        return rental
+    except MarketError:
+        world.ledger.ended(label, world.clock.time())  # refused: nothing exists
+        raise
+    world.report(Event("rent", "done", f"box {instance_id}"))
+    return world.ledger.advance(rental, State.BOOTING, instance_id=instance_id)
+
+
+def _box_env(settings: Settings, plan: Plan, ranked: offers.Ranked) -> dict[str, str]:
+    """What the box must know before anybody can log in. No secret: the market shows these to the host."""
+    offer, caps = ranked.offer, plan.caps
+    env = {
+        "SELFHOST_MARKET_URL": settings.market_url,
+        "SELFHOST_LEASE_S": str(caps.lease_s),
+        "SELFHOST_IDLE_S": str(caps.idle_s),
+        "SELFHOST_MAX_S": str(caps.max_s),
+        "SELFHOST_MAX_DOLLARS": f"{caps.max_dollars:.4f}",
+        "SELFHOST_DPH": f"{offer.dph_total:.6f}",
+        "SELFHOST_DOWN_PER_GB": f"{offer.down_per_gb:.6f}",
+        "SELFHOST_UP_PER_GB": f"{offer.up_per_gb:.6f}",
+        "SELFHOST_UNGUARDED": "1" if settings.unguarded else "",
+    }
+    if settings.model_url:
+        env["SELFHOST_FETCH_URL"] = settings.model_url
+        env["SELFHOST_FETCH_SHA256"] = settings.model_sha256
+    return env
+
+
+def _advance(world: World, rental: Rental) -> Rental:
+    """The state machine: one step after the other until READY."""
+    while rental.state is not State.READY:
+        rental = STEPS[rental.state](world, rental)
+    return rental
+
+
+def _resolve(world: World, rental: Rental) -> Rental:
+    """CREATING: find out whether the paid call worked. A box that exists is adopted."""
+    since = world.clock.monotonic()
+
+    def look() -> Instance | Pending | None:
+        try:
+            found = world.provider.instances(rental.label)
+        except MarketUnreachable as error:
+            return Pending(error.message)
+        if found:
+            return found[0]
+        lag = world.settings.listing_lag
+        # Counted from now: the call may have left at any time until this process took the rental over.
+        return None if world.clock.monotonic() - since >= lag else Pending("not in the market's list yet")
+
+    box = None
+    if rental.sent_at is not None:
+        box = until(look, what="the lost answer", seconds=600, every=world.settings.poll, clock=world.clock)
+    if box is None:
+        world.ledger.ended(rental.label, world.clock.time())
+        raise SelfhostError("the market did not rent the box; nothing is billed", "Run `selfhost up` again.")
+    return world.ledger.advance(rental, State.BOOTING, instance_id=box.id)
+
+
+def _boot(world: World, rental: Rental) -> Rental:
+    """BOOTING: wait until the box shows the host key that we gave it, and lets us in."""
+    assert rental.instance_id is not None
+    instance_id, current = rental.instance_id, rental
+    login, public = login_key(world)
+    attached = False
+
+    def knock() -> Rental | Pending:
+        nonlocal attached, current
+        box = _look_up(world, current)
+        if box is None:
+            return Pending("the market does not list the box yet")
+        if box.state is BoxState.FAILED:
+            raise SelfhostError(
+                f"box {instance_id} will not start: {box.status} {box.message}".rstrip(), "Run `selfhost up` again."
+            )
+        world.report(Event("boot", "progress", f"{box.status} {box.message}".rstrip()))
+        if box.state is not BoxState.RUNNING or not box.endpoints:
+            return Pending(f"the box is {box.status}")
+        if current.running_at is None:
+            current = world.ledger.note(current, running_at=world.clock.time())
+        if not attached:
+            world.provider.attach_key(instance_id, public)
+            attached = True
+        reasons = []
+        for endpoint in box.endpoints:
+            try:
+                world.connect(endpoint, current.host_key, login).close()
+            except NotYet as error:
+                reasons.append(error.message)
+            else:
+                return world.ledger.advance(current, State.INSTALLING, endpoint=endpoint)
+        current = world.ledger.note(current)  # raises Superseded once `down` has come
+        return Pending("; ".join(reasons))
+
+    world.report(Event("boot", "start", f"box {instance_id}"))
+    ready = until(
+        knock,
+        what=f"ssh to box {instance_id}",
+        seconds=world.settings.boot_timeout * 60,
+        every=world.settings.poll,
+        clock=world.clock,
+    )
+    world.report(Event("boot", "done", f"ssh at {ready.endpoint}"))
+    return ready
+
+
+def _look_up(world: World, rental: Rental) -> Instance | None:
+    """The box as the market shows it now; a market that does not answer is "not yet", it may come back."""
+    assert rental.instance_id is not None
+    try:
+        return world.provider.get(rental.instance_id)
+    except KeyRefused:
+        raise
+    except MarketUnreachable as error:
+        world.report(Event("boot", "note", error.message))
+        return None
+
+
+def _install(world: World, rental: Rental) -> Rental:
+    """INSTALLING: watchdog armed, engine and proxy up, one real token through the tunnel."""
+    assert rental.endpoint is not None
+    login, _ = login_key(world)
+    remote = until(
+        lambda: _connect(world, rental, login), what="ssh", seconds=120, every=world.settings.poll, clock=world.clock
+    )
+    try:
+        _check_armed(world, remote)
+        installed = install.apply(remote, _install_spec(world, rental), world.report)
+        rental = world.ledger.note(rental, proxy_port=installed.proxy_port)
+        _check_health(world, rental)
+    finally:
+        remote.close()
+    return world.ledger.advance(rental, State.READY, ready_at=world.clock.time())
+
+
+STEPS: dict[State, Callable[[World, Rental], Rental]] = {
+    State.CREATING: _resolve,
+    State.BOOTING: _boot,
+    State.INSTALLING: _install,
+}
+
+
+def _connect(world: World, rental: Rental, login: Path) -> Remote | Pending:
+    assert rental.endpoint is not None
+    try:
+        return world.connect(rental.endpoint, rental.host_key, login)
+    except NotYet as error:
+        return Pending(error.message)
+
+
+def _check_armed(world: World, remote: Remote) -> None:
+    """A box that could not end itself is not worth the risk (money rule 6)."""
+
+    def ask() -> str | Pending:
+        answer = install.armed(remote)
+        return answer or Pending("the watchdog has not said anything yet")
+
+    world.report(Event("guard", "start", "waiting for the watchdog"))
+    try:
+        answer = until(ask, what="the box's watchdog", seconds=ARM_S, every=world.settings.poll, clock=world.clock)
+    except TimedOut as error:
+        answer = error.message
+    if answer != "ok" and not world.settings.unguarded:
+        raise SelfhostError(
+            f"the box cannot end itself: {answer}", "Run `selfhost up` for another one, or pass --unguarded."
+        )
+    world.report(Event("guard", "done", "armed" if answer == "ok" else f"not armed: {answer}"))
+
+
+def _install_spec(world: World, rental: Rental) -> install.InstallSpec:
+    settings = world.settings
+    return install.InstallSpec(
+        engine=rental.engine,
+        model=rental.model,
+        context=rental.context,
+        token=rental.box_token,
+        version=__version__,
+        url=settings.model_url,
+        sha256=settings.model_sha256,
+        size=settings.model_bytes,
+        pip_args=settings.pip_args,
+        proxy_requirements=settings.proxy_requirements,
+        engine_requirements=settings.engine_requirements,
+    )
+
+
+def _check_health(world: World, rental: Rental) -> None:
+    front = _tunnel(world, rental)
+    report = health.check(front, model=rental.model, context=rental.context, report=world.report)
+    if failed := report.failed:
+        raise SelfhostError(f"health: {failed.name}: {failed.detail}", failed.remedy)
+
+
+def _attach(world: World, rental: Rental) -> Rental:
+    """A box that was READY before: reused, checked, and never destroyed by `up`."""
+    world.report(Event("reuse", "done", f"{rental} is already yours"))
+    _check_health(world, rental)
+    return rental
+
+
+def _tunnel(world: World, rental: Rental) -> Front:
+    front = world.keeper.start()
+
+    def ask() -> Front | Pending:
+        state, reason = world.keeper.tunnel(rental.label)
+        return front if state == "up" else Pending(f"{state} {reason}".strip())
+
+    world.report(Event("tunnel", "start"))
+    until(ask, what="the tunnel", seconds=TUNNEL_S, every=0.2, clock=world.clock)
+    world.report(Event("tunnel", "done", front.url))
+    return front
+
+
+def _why_nothing(need: Need, choice: offers.Choice) -> str:
+    if not choice.refused:
+        return f"the market has no {need.gpu} within the limits"
+    reasons: dict[str, int] = {}
+    for refusal in choice.refused:
+        reasons[refusal.why] = reasons.get(refusal.why, 0) + 1
+    top = sorted(reasons.items(), key=lambda item: -item[1])[:4]
+    told = ", ".join(f"{count} × {why}" for why, count in top)
+    return f"no {need.gpu} within the limits; {len(choice.refused)} offers refused: {told}"
+
+
+# --- down -------------------------------------------------------------------------------------------------------
+
+
+def down(books: Books, *, everything: bool = False) -> Ended:
+    """End every box of this installation and prove it. Raises MayBeBilling when that cannot be proven.
+
+    `everything` also ends boxes of other installations of selfhost on this account; nothing else is ever touched.
+    """
+    rentals = books.ledger.live()
+    try:
+        for rental in rentals:
+            books.ledger.end(rental.label, "down")
+        killed = _stop_up(books)
+        rentals = [books.ledger.get(rental.label) or rental for rental in books.ledger.live()]
+        unknown = _prove(books, rentals, everything=everything, wait_for_lag=killed or _unresolved(rentals))
+        foreign = [] if everything else _others(books)
+    except (MarketError, TimedOut) as error:
+        if not rentals:
+            raise
+        raise _headline(rentals, error.message) from error
+    invoices = [_bill(books, rental) for rental in rentals]
+    return Ended(tuple(invoices), tuple(unknown), tuple(foreign))
+
+
+def finish(books: Books, rental: Rental) -> Invoice:
+    """End one rental that is recorded as ENDING: destroy, prove, record. Repeatable, by whoever gets to it."""
+    rental = books.ledger.get(rental.label) or rental
+    try:
+        _prove(books, [rental], everything=False, wait_for_lag=_unresolved([rental]), only=rental.label)
+    except (MarketError, TimedOut) as error:
+        raise _headline([rental], error.message) from error
+    return _bill(books, rental)
+
+
+def settle(books: Books, rental: Rental) -> bool:
+    """Whether a box has ended by itself (its watchdog, its host): recorded only when the market's list proves it."""
+    if not _gone(books, rental):
+        return False
+    books.ledger.end(rental.label, "the box ended by itself")
+    finish(books, rental)
+    return True
+
+
+def _unresolved(rentals: list[Rental]) -> bool:
+    return any(rental.sent_at is not None and rental.instance_id is None for rental in rentals)
+
+
+def _gone(books: Books, rental: Rental) -> bool:
+    return not any(box.id == rental.instance_id for box in books.provider.instances(rental.label))
+
+
+def _stop_up(books: Books) -> bool:
+    """End an `up` that is still running. True when there was one: what it sent last may not be listed yet."""
+    lock = ProcessLock(books.settings.paths.up_lock)
+    holder = lock.holder()
+    if not holder or holder == os.getpid():
+        return False
+    books.report(Event("down", "note", f"ending the `selfhost up` that is running (process {holder})"))
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.kill(holder, sign)
+        except ProcessLookupError:
+            break
+        try:
+            until(
+                lambda: Pending("still running") if lock.holder() == holder else True,
+                what="the running `selfhost up`",
+                seconds=STOP_UP_S,
+                every=0.1,
+                clock=books.clock,
+            )
+            break
+        except TimedOut:
+            continue
+    return True
+
+
+def _prove(
+    books: Books, rentals: list[Rental], *, everything: bool, wait_for_lag: bool, only: str = ""
+) -> list[Instance]:
+    """Destroy until a complete listing shows none of ours. Returns the boxes that the ledger did not know."""
+    prefix = only or (ANY_INSTALLATION if everything else books.prefix)
+    known = {rental.label for rental in rentals}
+    strangers: dict[int, Instance] = {}
+    asked: set[int] = set()
+    since = books.clock.monotonic()
+    for rental in rentals:
+        if rental.instance_id is not None:
+            books.report(Event("down", "start", f"destroying {rental}"))
+            books.provider.destroy(rental.instance_id)
+            asked.add(rental.instance_id)
+
+    def look() -> bool | Pending:
+        try:
+            boxes = books.provider.instances(prefix)
+            for box in boxes:
+                if box.label not in known and box.id not in strangers:
+                    strangers[box.id] = box
+                if box.id not in asked or books.clock.monotonic() - since > books.settings.listing_lag:
+                    books.provider.destroy(box.id)
+                    asked.add(box.id)
+        except KeyRefused:
+            raise
+        except MarketUnreachable as error:
+            return Pending(error.message)
+        if boxes:
+            return Pending(f"the market still lists box {boxes[0].id}")
+        if wait_for_lag and books.clock.monotonic() - since < books.settings.listing_lag:
+            return Pending("a box may still appear in the market's list")
+        return True
+
+    until(
+        look,
+        what="proof that nothing is left",
+        seconds=books.settings.listing_lag * 3 + 60,
+        every=books.settings.poll,
+        clock=books.clock,
+    )
+    for rental in rentals:
+        books.ledger.ended(rental.label, books.clock.time())
+    books.report(Event("down", "done", "the market lists none of our boxes"))
+    return list(strangers.values())
+
+
+def _others(books: Books) -> list[Instance]:
+    ours = books.prefix
+    return [box for box in books.provider.instances(ANY_INSTALLATION) if not box.label.startswith(ours)]
+
+
+def _bill(books: Books, rental: Rental) -> Invoice:
+    """The invoice; the market's own figures when it has them. Not being able to ask is no reason to fail `down`."""
+    rental = books.ledger.get(rental.label) or rental
+    charges = None
+    if rental.instance_id is not None:
+        try:
+            charges = books.provider.charges(rental.instance_id, rental.sent_at or rental.created_at)
+        except MarketError as error:
+            books.report(Event("down", "note", f"no charges yet: {error.message}"))
+    return invoice(rental, books.ledger.usage(rental.label), charges, now=books.clock.time())
+
+
+def _headline(rentals: list[Rental], why: str) -> MayBeBilling:
+    """Money may still flow: what, how much, and the command that ends it."""
+    told = ", ".join(str(rental) for rental in rentals) or "a box of this installation"
+    return MayBeBilling(
+        f"{told} MAY STILL BE BILLING: {why}",
+        "Run `selfhost down` until it says that nothing is billed any more, or end it at https://cloud.vast.ai/instances/.",
+    )

@@ -1,0 +1,389 @@
+"""vast.ai through its own SDK: the only module that speaks `vastai`.
+
+Facts about the API and the SDK's traps were checked against vastai 1.9.1; the dates in the comments say when.
+Never chooses an offer, never repeats a create.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import requests
+
+from selfhost_cli.errors import AnswerLost, KeyRefused, MarketError, MarketUnreachable, NoCredit, OfferGone
+from selfhost_cli.model import Account, BoxSpec, BoxState, Charges, Endpoint, Instance, Need, Offer
+from selfhost_cli.wait import SYSTEM, Clock
+
+T = TypeVar("T")
+Row = Mapping[str, Any]
+
+PAGE = 25
+ATTEMPTS = 4
+RATE_PAUSE = 5.0
+"""Seconds after a 429: the longest documented interval for what we repeat (rate-limits page, August 2026)."""
+HOPELESS = ("OCI runtime create failed", "failed to inject CDI devices", "pull access denied", "manifest unknown")
+
+
+def cli_key(env: Mapping[str, str]) -> str:
+    """The key that vast's own command line stored, "" when there is none."""
+    home = Path(env.get("HOME", "~")).expanduser()
+    config = Path(env.get("XDG_CONFIG_HOME") or home / ".config")
+    for path in (config / "vastai" / "vast_api_key", home / ".vast_api_key"):
+        if path.is_file():
+            return path.read_text().strip()
+    return ""
+
+
+class VastProvider:
+    """The market at `url` with the account behind `key`. See `providers.Provider` for what each verb promises."""
+
+    def __init__(
+        self, key: str, url: str, *, clock: Clock = SYSTEM, env: MutableMapping[str, str] | None = None
+    ) -> None:
+        _tame_requests(os.environ if env is None else env, url)
+        from vastai import VastAI  # 0.4 s: only commands that ask the market pay for it
+
+        # One attempt a call: the SDK repeats every method, the paid create included (1.9.1, reproduced).
+        self._sdk = VastAI(api_key=key, server_url=url.rstrip("/"), retry=1)
+        self._sdk.client.timeout = 30.0
+        self._clock = clock
+
+    def account(self) -> Account:
+        user = self._patiently(self._sdk.show_user)
+        if not isinstance(user, dict) or not isinstance(user.get("credit"), int | float):
+            raise MarketUnreachable("the market's account answer has no credit in it")
+        return Account(credit=float(user["credit"]))
+
+    def offers(self, need: Need) -> list[Offer]:
+        rows = self._patiently(
+            lambda: self._sdk.search_offers(
+                query=_query(need), no_default=True, order="dph_total", storage=need.disk_gb, limit=64
+            )
+        )
+        if not isinstance(rows, list):
+            raise MarketUnreachable("the market's search answer has no list of offers")
+        return [offer for row in rows if (offer := _offer(row)) is not None]
+
+    def create(self, offer: Offer, spec: BoxSpec) -> int:
+        try:
+            answer = self._sdk.create_instance(
+                id=offer.id,
+                image=spec.image,
+                disk=spec.disk_gb,
+                env=dict(spec.env),
+                label=spec.label,
+                onstart_cmd=spec.onstart,
+                runtype="ssh_direct",
+                cancel_unavail=True,  # else a lost race can leave a stopped instance that bills its disk
+            )
+        except requests.HTTPError as error:
+            answer = _body(error.response)
+            if (known := _contract(answer)) is None:
+                raise _create_error(error.response, answer, offer) from error
+            return known
+        except requests.ConnectionError as error:
+            if _never_sent(error):
+                raise MarketUnreachable(f"the market cannot be reached: {error}") from error
+            raise AnswerLost(f"the answer to renting offer {offer.id} was lost: {error}") from error
+        except (requests.RequestException, ValueError) as error:
+            raise AnswerLost(f"the answer to renting offer {offer.id} was lost: {error}") from error
+        if (known := _contract(answer)) is not None:
+            return known
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise _create_error(None, answer, offer)
+        raise AnswerLost(f"the answer to renting offer {offer.id} has neither an id nor an error")
+
+    def instances(self, label_prefix: str) -> list[Instance]:
+        found: list[Instance] = []
+        token: str | None = None
+        seen: set[str] = set()
+        while True:
+            params: dict[str, Any] = {"select_filters": {}, "order_by": [{"col": "id", "dir": "asc"}], "limit": PAGE}
+            if token:
+                params["after_token"] = token
+            page = self._patiently(lambda asked=params: self._sdk.show_instances_v1(asked))  # type: ignore[misc]
+            rows = page.get("instances") if isinstance(page, dict) else None
+            if not isinstance(rows, list) or page.get("success") is False or "next_token" not in page:
+                raise MarketUnreachable("the market's list of instances is malformed: what exists is unknown")
+            for row in rows:
+                if not isinstance(row, dict) or not isinstance(row.get("id"), int):
+                    raise MarketUnreachable("the market's list of instances has a malformed row")
+                if str(row.get("label") or "").startswith(label_prefix):
+                    found.append(_instance(row))
+            token = page["next_token"]
+            if token is None:
+                return found
+            if not isinstance(token, str) or token in seen:
+                raise MarketUnreachable("the market's list of instances does not end")
+            seen.add(token)
+
+    def get(self, instance_id: int) -> Instance | None:
+        # Not show_instance(): it fails on rows with a null start_date or extra_env (1.9.1, reproduced).
+        body = self._patiently(lambda: self._get(f"/instances/{instance_id}/", {"owner": "me"}))
+        if not isinstance(body, dict) or "instances" not in body:
+            raise MarketUnreachable(f"the market's answer for box {instance_id} is malformed")
+        row = body["instances"]
+        return _instance(row) if isinstance(row, dict) and isinstance(row.get("id"), int) else None
+
+    def destroy(self, instance_id: int) -> None:
+        def ask() -> object:
+            try:
+                return self._sdk.destroy_instance(instance_id)
+            except requests.HTTPError as error:
+                if error.response.status_code == 404 and "no_such" in error.response.text:
+                    return {"success": True}
+                raise
+
+        answer = self._patiently(ask)
+        if not isinstance(answer, dict) or answer.get("success") is not True:
+            raise MarketUnreachable(f"the market did not confirm the end of box {instance_id}: {_text(answer)}")
+
+    def register_key(self, public_key: str) -> None:
+        def known() -> list[Any]:
+            try:
+                return list(self._sdk.show_ssh_keys())
+            except requests.HTTPError as error:
+                if error.response.status_code == 404:  # its way to say "none"
+                    return []
+                raise
+
+        material = " ".join(public_key.split()[:2])
+        for row in self._patiently(known):
+            if isinstance(row, dict) and str(row.get("public_key") or row.get("key") or "").startswith(material):
+                return
+        answer = self._patiently(lambda: self._sdk.create_ssh_key(public_key))
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise MarketError(f"the market did not take the login key: {_text(answer)}")
+
+    def attach_key(self, instance_id: int, public_key: str) -> None:
+        # `success: false` means that the key is there already.
+        self._patiently(lambda: self._sdk.attach_ssh(instance_id, public_key))
+
+    def charges(self, instance_id: int, since: float) -> Charges | None:
+        day = 86_400
+        query = {
+            "select_filters": {
+                "day": {"gte": int(since) // day * day, "lte": int(self._clock.time()) + day},
+                "type": {"in": ["instance"]},
+            },
+            "latest_first": "true",
+            "limit": 100,
+            "format": "table",
+        }
+        body = self._patiently(lambda: self._get("/charges/", query))
+        rows = body.get("results") if isinstance(body, dict) else None
+        mine = [row for row in rows or [] if isinstance(row, dict) and row.get("source") == f"instance-{instance_id}"]
+        return _charges(mine) if mine else None
+
+    def logs(self, instance_id: int, tail: int = 100) -> str:
+        try:
+            return str(self._patiently(lambda: self._sdk.logs(instance_id, tail=str(tail))))
+        except TimeoutError as error:
+            raise MarketUnreachable(f"no log of box {instance_id} yet") from error
+
+    def _get(self, path: str, query: dict[str, Any]) -> Any:
+        response = self._sdk.client.get(path, query)
+        response.raise_for_status()
+        return response.json()
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """Ask something that may be repeated: rate limits and hiccups are waited out, a few times."""
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                return ask()
+            except requests.HTTPError as error:
+                problem = _read_error(error.response)
+                pause = RATE_PAUSE if error.response.status_code == 429 else 1.0
+                if not left or not isinstance(problem, MarketUnreachable):
+                    raise problem from error
+            except (requests.RequestException, ValueError) as error:
+                if not left:
+                    raise MarketUnreachable(f"the market cannot be reached: {error}") from error
+                pause = 1.0
+            self._clock.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _tame_requests(env: MutableMapping[str, str], url: str) -> None:
+    """Two ways in which the SDK's `requests` session would betray us, closed by environment.
+
+    An entry for the host in ~/.netrc replaces our key by a password; HTTP_PROXY is used even for loopback (1.9.1).
+    """
+    env["NETRC"] = os.devnull
+    host = urlsplit(url).hostname or ""
+    if host in ("127.0.0.1", "localhost", "::1"):
+        for name in ("NO_PROXY", "no_proxy"):
+            env[name] = ",".join(filter(None, [env.get(name, ""), host]))
+
+
+def _query(need: Need) -> dict[str, dict[str, object]]:
+    query: dict[str, dict[str, object]] = {
+        "gpu_name": {"eq": need.gpu},
+        "num_gpus": {"eq": 1},
+        "gpu_ram": {"gte": need.gpu_ram_mb},
+        "cpu_ram": {"gte": need.ram_mb},
+        "verified": {"eq": True},
+        "rentable": {"eq": True},
+        "rented": {"eq": False},
+        "external": {"eq": False},
+        "reliability": {"gte": need.reliability},
+        "direct_port_count": {"gte": 1},
+        "inet_down": {"gte": need.inet_down_mbps},
+        "disk_space": {"gte": need.disk_gb},
+        "duration": {"gte": need.hours * 3600},
+    }
+    if need.max_price is not None:
+        query["dph_total"] = {"lte": need.max_price}
+    return query
+
+
+def _offer(row: object) -> Offer | None:
+    """One row of a search, None when it lacks what a choice needs (many columns may be null)."""
+    if not isinstance(row, dict):
+        return None
+    try:
+        return Offer(
+            id=int(row["ask_contract_id"]),
+            machine_id=int(row["machine_id"]),
+            host_id=int(row.get("host_id") or 0),
+            gpu=str(row["gpu_name"]),
+            num_gpus=int(row["num_gpus"]),
+            gpu_ram_mb=int(row["gpu_ram"]),
+            ram_mb=int(row["cpu_ram"]),
+            disk_gb=float(row["disk_space"]),
+            dph_base=float(row["dph_base"]),
+            dph_total=float(row["dph_total"]),
+            storage_dph=float(row.get("storage_total_cost") or 0.0),
+            down_per_gb=float(row.get("inet_down_cost") or 0.0),
+            up_per_gb=float(row.get("inet_up_cost") or 0.0),
+            inet_down_mbps=float(row["inet_down"]),
+            inet_up_mbps=float(row.get("inet_up") or 0.0),
+            reliability=float(row.get("reliability2") or row.get("reliability") or 0.0),
+            verified=row.get("verification") == "verified",
+            rentable=row.get("rentable") is True and row.get("rented") is not True,
+            cuda=float(row.get("cuda_max_good") or 0.0),
+            direct_ports=int(row.get("direct_port_count") or 0),
+            duration_s=float(row.get("duration") or 0.0),
+            place=str(row.get("geolocation") or "").strip(),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _instance(row: Row) -> Instance:
+    """One row of a listing. Every column but the id may be null."""
+    start = row.get("start_date")
+    return Instance(
+        id=int(row["id"]),
+        label=str(row.get("label") or ""),
+        state=_state(row),
+        status=str(row.get("actual_status") or "accepted"),
+        message=str(row.get("status_msg") or "").strip(),
+        machine_id=int(row.get("machine_id") or 0),
+        gpu=str(row.get("gpu_name") or ""),
+        dph_total=float(row.get("dph_total") or 0.0),
+        start=float(start) if isinstance(start, int | float) else None,
+        direct=_direct(row),
+        proxy=_proxy(row),
+    )
+
+
+def _state(row: Row) -> BoxState:
+    actual = row.get("actual_status")
+    if any(sign in str(row.get("status_msg") or "") for sign in HOPELESS):
+        return BoxState.FAILED
+    if actual in ("exited", "unknown", "offline", "stopped", "frozen"):
+        return BoxState.FAILED
+    if row.get("cur_state") == row.get("intended_status") == row.get("next_state") == "stopped":
+        return BoxState.FAILED
+    return BoxState.RUNNING if actual == "running" else BoxState.PENDING
+
+
+def _direct(row: Row) -> Endpoint | None:
+    host = str(row.get("public_ipaddr") or "").strip()
+    try:
+        return Endpoint(host, int(row["ports"]["22/tcp"][0]["HostPort"])) if host else None
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
+
+
+def _proxy(row: Row) -> Endpoint | None:
+    host, port = str(row.get("ssh_host") or "").strip(), row.get("ssh_port")
+    if not host or not isinstance(port, int):
+        return None
+    return Endpoint(host, port + ("jupyter" in str(row.get("image_runtype") or "")))
+
+
+def _charges(rows: Sequence[Row]) -> Charges:
+    sums = {"gpu": 0.0, "disk": 0.0, "bwd": 0.0, "bwu": 0.0}
+    for row in rows:
+        for item in row.get("items") or []:
+            kind = str(item.get("type"))
+            if kind in sums:
+                sums[kind] += float(item.get("amount") or 0.0)
+    return Charges(gpu=sums["gpu"], disk=sums["disk"], traffic=sums["bwd"] + sums["bwu"])
+
+
+def _contract(answer: object) -> int | None:
+    """The id of an instance that exists now. Some errors carry one too: then a box exists (dstack's experience)."""
+    known = answer.get("new_contract") if isinstance(answer, dict) else None
+    return known if isinstance(known, int) and known > 0 else None
+
+
+def _create_error(response: requests.Response | None, answer: object, offer: Offer) -> MarketError:
+    status = response.status_code if response is not None else 200
+    text = _text(answer)
+    if "no_such_ask" in text:
+        return OfferGone(f"offer {offer.id} is gone: {text}")
+    if "insufficient_credit" in text:
+        return NoCredit(f"the account cannot pay: {text}", "Add credit at https://cloud.vast.ai/billing/.")
+    if status >= 500:
+        return AnswerLost(f"the market answered {status} to renting offer {offer.id}")
+    if status == 429:
+        return MarketUnreachable("the market says that we ask too often", "Wait a minute.")
+    if status in (401, 403):
+        return _key_refused(status, text)
+    return MarketError(f"the market refused offer {offer.id}: {text or status}")
+
+
+def _read_error(response: requests.Response) -> MarketError:
+    status, text = response.status_code, _text(_body(response))
+    if status in (401, 403) or "auth_error" in text:
+        return _key_refused(status, text)
+    if status == 429 and "search_quota_exceeded" not in text:
+        return MarketUnreachable("the market says that we ask too often", "Wait a minute.")
+    if status >= 500:
+        return MarketUnreachable(f"the market answered {status}: {text}")
+    return MarketError(f"the market refused ({status}): {text}")
+
+
+def _key_refused(status: int, text: str) -> KeyRefused:
+    return KeyRefused(
+        f"the market does not accept the account key ({status} {text})".replace(" )", ")"),
+        "Make one at https://cloud.vast.ai/manage-keys/ and put it into SELFHOST_API_KEY or config.toml.",
+    )
+
+
+def _never_sent(error: requests.ConnectionError) -> bool:
+    """Whether the request cannot have reached the market: no connection was made at all."""
+    text = repr(error)
+    return "NewConnectionError" in text or "NameResolutionError" in text or "ProxyError" in text
+
+
+def _body(response: requests.Response) -> object:
+    try:
+        return response.json()
+    except ValueError:
+        return response.text[:300]
+
+
+def _text(answer: object) -> str:
+    """What an error answer says, whatever its shape."""
+    if isinstance(answer, dict):
+        parts = [str(answer[key]) for key in ("error", "msg", "detail") if answer.get(key)]
+        return " ".join(parts)[:300]
+    return str(answer).strip()[:300]

@@ -1,0 +1,92 @@
+"""The seam to what generates tokens: the few verbs that every engine's adapter has, and the events of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from selfhost_cli.proxy.contract import Request
+
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """How the prompt was counted; `cached` of its `total` tokens were reused. Comes first, when it is known first."""
+
+    total: int
+    cached: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of text. It ends a tool call that is open."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call begins; its input follows."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolInput:
+    """A piece of the JSON of the call that is open."""
+
+    json: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The answer is complete. Always the last event."""
+
+    reason: StopReason
+    output_tokens: int
+    stop_sequence: str | None = None
+
+
+AnswerEvent = Prompt | Text | Thinking | ToolCall | ToolInput | Done
+
+
+@dataclass(frozen=True)
+class Health:
+    """`slots`: how many answers it can generate at once."""
+
+    context: int
+    slots: int = 1
+
+
+class Engine(Protocol):
+    """One engine. Every verb but `close` raises ProxyError: EngineDown when asking again later may help."""
+
+    name: str
+
+    async def health(self) -> Health:
+        """Answers only when it can generate. Cheap enough for once a second."""
+        ...
+
+    async def context(self) -> int:
+        """Its real context in tokens, as the engine itself says."""
+        ...
+
+    async def count(self, request: Request) -> int | None:
+        """The exact length of the rendered prompt in tokens, None when this engine cannot tell."""
+        ...
+
+    def messages(self, request: Request) -> AsyncGenerator[AnswerEvent]:
+        """Generate. Closing the iterator cancels the generation at once.
+
+        Raises EngineDown before the first event, EngineBroke after it, ProxyError 400 for what it will never answer.
+        """
+        ...
+
+    async def close(self) -> None: ...

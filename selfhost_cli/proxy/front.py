@@ -1,0 +1,326 @@
+"""The front: the laptop's side. Owns the local port, proves itself, relays to the box, and answers while it is away."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import io
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+from aiohttp import hdrs, web
+from multidict import CIMultiDict
+from yarl import URL
+
+from selfhost_cli.proxy import sse
+from selfhost_cli.proxy.contract import Json, load
+from selfhost_cli.proxy.errors import API_ERROR, OVERLOADED, error_object, invalid, not_found, overloaded
+from selfhost_cli.proxy.web import PUBLIC, application, read_body, request_class, trace
+
+PROVE = "/selfhost/prove"
+RETRY_AFTER = 5
+PATIENT = aiohttp.ClientTimeout(total=None, connect=10)
+QUICK = aiohttp.ClientTimeout(total=10)
+MAX_JSON = 4 * 2**20
+NOT_RELAYED = frozenset(
+    {
+        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te"),
+        *("trailer", "transfer-encoding", "upgrade", "host", "content-length", "expect", "accept-encoding"),
+        *("authorization", "x-api-key", "date", "server"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Where a request goes: `url` without a path, the box's own token, and the label of the rental."""
+
+    url: str
+    token: str = field(repr=False)
+    rental: str
+
+
+@dataclass(frozen=True)
+class Away:
+    """Why it can go nowhere now. `state` in a word or two, `retry_after` in seconds."""
+
+    state: str
+    reason: str
+    retry_after: int = RETRY_AFTER
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one answer cost. `input_tokens` is the whole prompt, of which `cache_read` were reused."""
+
+    rental: str
+    cls: str
+    input_tokens: int
+    output_tokens: int
+    cache_read: int
+
+
+Control = Callable[[Json], Awaitable[Json]]
+
+
+def build_front(
+    token: str,
+    upstream: Callable[[], Upstream | Away],
+    status: Callable[[], Json],
+    on_usage: Callable[[Usage], None],
+    control: Mapping[str, Control],
+) -> web.Application:
+    """The application. Host it with `web.runner`, so that a client that is gone cancels what it asked for.
+
+    `upstream` is asked at every request. `control` is served as `POST /selfhost/<name>`: a JSON object in and out; to
+    refuse, it raises `errors.ProxyError`.
+    """
+    return _Front(token, upstream, status, on_usage, control).application()
+
+
+def proof(token: str, nonce: str, port: int) -> str:
+    """What only a listener that knows the token, on this very port, can answer to a nonce (hex)."""
+    message = f"selfhost-prove\n{nonce}\n{port}".encode()
+    return hmac.new(token.encode(), message, hashlib.sha256).hexdigest()
+
+
+class _Front:
+    def __init__(
+        self,
+        token: str,
+        upstream: Callable[[], Upstream | Away],
+        status: Callable[[], Json],
+        on_usage: Callable[[Usage], None],
+        control: Mapping[str, Control],
+    ) -> None:
+        self._token = token
+        self._upstream = upstream
+        self._status = status
+        self._on_usage = on_usage
+        self._control = control
+
+    def application(self) -> web.Application:
+        app = application(self._token, PUBLIC | {PROVE})
+        app.router.add_get("/", self._hello)
+        app.router.add_get("/api/hello", self._hello)
+        app.router.add_get("/health", self._health)
+        app.router.add_post(PROVE, self._prove)
+        app.router.add_route("*", "/selfhost/{name:.*}", self._command)
+        app.router.add_route("*", "/{path:.*}", self._relay)
+        app.cleanup_ctx.append(self._sessions)
+        return app
+
+    async def _sessions(self, app: web.Application) -> AsyncIterator[None]:
+        kept = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+        single = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with _session(kept) as self._kept, _session(single) as self._fresh:
+            yield
+
+    async def _hello(self, http: web.Request) -> web.Response:
+        return web.json_response({"selfhost": "front"})
+
+    async def _prove(self, http: web.Request) -> web.Response:
+        nonce = load(await read_body(http)).get("nonce")
+        if not isinstance(nonce, str) or not re.fullmatch(r"[0-9a-f]{16,128}", nonce):
+            raise invalid("nonce: 16 to 128 hexadecimal digits")
+        port = http.get_extra_info("sockname")[1]
+        return web.json_response({"proof": proof(self._token, nonce, port)})
+
+    async def _command(self, http: web.Request) -> web.Response:
+        run = self._control.get(http.match_info["name"])
+        if run is None or http.method != hdrs.METH_POST:
+            raise not_found(f"{http.method} {http.path}")
+        return web.json_response(await run(load(await read_body(http) or b"{}")))
+
+    async def _health(self, http: web.Request) -> web.Response:
+        """Always 200: it is the front that answers. `status` is the box's."""
+        box = await self._box_health()
+        up = box.get("status") == "healthy"
+        body = {"status": "healthy" if up else "degraded", "keeper": self._status(), "box": box}
+        return web.json_response(body)
+
+    async def _box_health(self) -> Json:
+        target = self._upstream()
+        if isinstance(target, Away):
+            return {"status": "away", "state": target.state, "reason": target.reason}
+        try:
+            headers = {"authorization": f"Bearer {target.token}"}
+            async with self._fresh.get(f"{target.url}/health", headers=headers, timeout=QUICK) as response:
+                box = await response.json(content_type=None)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return {"status": "away", "state": "connected", "reason": _reason(error)}
+        if not isinstance(box, dict) or "status" not in box:
+            return {"status": "away", "state": "connected", "reason": f"the box answers {response.status}"}
+        return box
+
+    async def _relay(self, http: web.Request) -> web.StreamResponse:
+        body = await read_body(http)
+        if not http.raw_path.startswith("/"):
+            raise not_found(http.raw_path)
+        target = self._upstream()
+        if isinstance(target, Away):
+            trace().outcome = "away"
+            raise overloaded(f"the box is {target.state}: {target.reason}", target.retry_after)
+        answer = await self._ask(http, body, target)
+        metered = http.method == hdrs.METH_POST and http.path == "/v1/messages"
+        trace().cls = request_class(http) if metered else "other"
+        meter = _Meter(streaming=answer.content_type == "text/event-stream") if metered else None
+        try:
+            return await _Relayed(http, answer, meter).run()
+        finally:
+            # not release(): what the client no longer reads must stop being generated
+            answer.close()
+            self._account(meter, target, http)
+
+    async def _ask(self, http: web.Request, body: bytes, target: Upstream) -> aiohttp.ClientResponse:
+        """The answer's head. Nothing was produced for the client before it, so one more try does no harm."""
+        try:
+            try:
+                return await _send(self._kept, http, body, target)
+            except (aiohttp.ClientConnectionError, OSError):
+                return await _send(self._fresh, http, body, target)
+        except (aiohttp.ClientError, OSError) as error:
+            trace().outcome = "unreachable"
+            message = f"the box of {target.rental} is connected but does not answer: {_reason(error)}"
+            raise overloaded(message, RETRY_AFTER) from error
+
+    def _account(self, meter: _Meter | None, target: Upstream, http: web.Request) -> None:
+        usage = meter.usage() if meter else None
+        if not usage:
+            return
+        cached = _count(usage, "cache_read_input_tokens")
+        total = _count(usage, "input_tokens") + _count(usage, "cache_creation_input_tokens") + cached
+        output = _count(usage, "output_tokens")
+        trace().input_tokens, trace().cached_tokens, trace().output_tokens = total, cached, output
+        self._on_usage(Usage(target.rental, request_class(http), total, output, cached))
+
+
+class _Relayed:
+    """One answer on its way from the box to the client, as it comes."""
+
+    def __init__(self, http: web.Request, answer: aiohttp.ClientResponse, meter: _Meter | None) -> None:
+        self._http = http
+        self._answer = answer
+        self._meter = meter
+
+    async def run(self) -> web.StreamResponse:
+        kept = [(key, value) for key, value in self._answer.headers.items() if key.lower() not in NOT_RELAYED]
+        response = web.StreamResponse(status=self._answer.status, reason=self._answer.reason, headers=CIMultiDict(kept))
+        response.content_length = self._answer.content_length
+        await response.prepare(self._http)
+        chunks = aiter(self._answer.content.iter_any())
+        while True:
+            try:
+                chunk = await anext(chunks)
+            except StopAsyncIteration:
+                if self._meter and self._meter.unfinished:
+                    await self._broken(response, "the stream ended in the middle of the answer")
+                return response
+            except (aiohttp.ClientError, OSError) as error:
+                await self._broken(response, _reason(error))
+                return response
+            trace().mark_first()
+            if whole := self._meter.read(chunk) if self._meter else chunk:
+                await response.write(whole)
+
+    async def _broken(self, response: web.StreamResponse, reason: str) -> None:
+        """Never a clean end on a broken answer: an error event where there are events, else a torn connection."""
+        trace().outcome = "broken"
+        if not (self._meter and self._meter.streaming):
+            if self._http.transport:
+                self._http.transport.abort()
+            return
+        kind = API_ERROR if self._meter.started else OVERLOADED
+        event = error_object(kind, f"the connection to the box broke: {reason}", trace().id)
+        await response.write(sse.encode(event))
+
+
+class _Meter:
+    """Reads along: usage, and whether a stream has come to its end."""
+
+    def __init__(self, *, streaming: bool) -> None:
+        self.streaming = streaming
+        self.started = False
+        self._ended = False
+        self._parser = sse.Parser()
+        self._held = b""
+        self._usage: Json = {}
+        self._json = bytearray()
+
+    @property
+    def unfinished(self) -> bool:
+        return self.streaming and not self._ended
+
+    def read(self, chunk: bytes) -> bytes:
+        """What can be passed on now: of events only whole ones, or an error could not follow a broken one."""
+        if not self.streaming:
+            if len(self._json) < MAX_JSON:
+                self._json += chunk
+            return chunk
+        for event in self._parser.feed(chunk):
+            match event.name:
+                case "message_start":
+                    self.started = True
+                case "message_delta":
+                    self._usage = _usage(event.data)
+                case "message_stop" | "error":
+                    self._ended = True
+        held = self._held + chunk
+        end = max(held.rfind(b"\n\n") + 2, held.rfind(b"\n\r\n") + 3)
+        cut = end if end > 2 else 0
+        self._held = held[cut:]
+        return held[:cut]
+
+    def usage(self) -> Json:
+        return self._usage if self.streaming else _usage(bytes(self._json))
+
+
+def _session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+    # the bytes pass as they are: a compressed answer could not be read along, so none is asked for
+    return aiohttp.ClientSession(
+        connector=connector,
+        timeout=PATIENT,
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=[hdrs.USER_AGENT, hdrs.CONTENT_TYPE],
+    )
+
+
+async def _send(
+    session: aiohttp.ClientSession, http: web.Request, body: bytes, target: Upstream
+) -> aiohttp.ClientResponse:
+    url = URL(target.url + http.raw_path, encoded=True)
+    data = io.BytesIO(body) if body else None
+    return await session.request(http.method, url, data=data, headers=_headers(http, target), allow_redirects=False)
+
+
+def _headers(http: web.Request, target: Upstream) -> CIMultiDict[str]:
+    """The client's, without what concerns only this hop and without the front's token."""
+    named = {name.strip().lower() for name in http.headers.get("connection", "").split(",")}
+    named.add("content-encoding")  # the body that was read is no longer compressed
+    headers = CIMultiDict((key, value) for key, value in http.headers.items() if key.lower() not in NOT_RELAYED | named)
+    headers["authorization"] = f"Bearer {target.token}"
+    headers["accept-encoding"] = "identity"
+    return headers
+
+
+def _usage(data: str | bytes) -> Json:
+    try:
+        message: Any = json.loads(data)
+    except ValueError:
+        return {}
+    usage = message.get("usage") if isinstance(message, dict) else None
+    return usage if isinstance(usage, dict) else {}
+
+
+def _count(usage: Json, key: str) -> int:
+    value = usage.get(key)
+    return value if isinstance(value, int) else 0
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,227 @@
+"""The engine side: what runs on the box, between the tunnel and the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from selfhost_cli.proxy import contract
+from selfhost_cli.proxy.admission import Admission
+from selfhost_cli.proxy.answer import Narrator, collect
+from selfhost_cli.proxy.contract import Json, Request
+from selfhost_cli.proxy.engines import Done, Engine, Health
+from selfhost_cli.proxy.errors import (
+    OVERLOADED,
+    EngineBroke,
+    ProxyError,
+    not_found,
+    too_long,
+)
+from selfhost_cli.proxy.rundir import RunDir
+from selfhost_cli.proxy.web import (
+    PING_EVERY,
+    EventStream,
+    application,
+    is_probe,
+    read_body,
+    request_class,
+    trace,
+)
+
+log = logging.getLogger("selfhost.proxy")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`touch_every`: seconds between two touches of the activity file while a client is served."""
+
+    token: str = field(repr=False)
+    model: str
+    version: str
+    slots: int = 1
+    ping_every: float = PING_EVERY
+    touch_every: float = 4.0
+    ready_every: float = 1.0
+
+
+def build_server(settings: Settings, engine: Engine, run: RunDir) -> web.Application:
+    """The application; it closes the engine's adapter when it ends."""
+    return _EngineSide(settings, engine, run).application()
+
+
+class _EngineSide:
+    def __init__(self, settings: Settings, engine: Engine, run: RunDir) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._run = run
+        self._admission = Admission(settings.slots)
+        self._clients = 0
+        self._usage = {"requests": 0, "input_tokens": 0, "output_tokens": 0}
+
+    def application(self) -> web.Application:
+        app = application(self._settings.token)
+        app.router.add_get("/", self._hello)
+        app.router.add_get("/api/hello", self._hello)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{id:.+}", self._model)
+        app.router.add_post("/v1/messages", self._messages)
+        app.router.add_post("/v1/messages/count_tokens", self._count)
+        app.cleanup_ctx.append(self._background)
+        return app
+
+    async def _hello(self, http: web.Request) -> web.Response:
+        return web.json_response({"selfhost": self._settings.version})
+
+    async def _models(self, http: web.Request) -> web.Response:
+        model = self._model_info()
+        return web.json_response({"data": [model], "has_more": False, "first_id": model["id"], "last_id": model["id"]})
+
+    async def _model(self, http: web.Request) -> web.Response:
+        if http.match_info["id"] != self._settings.model:
+            raise not_found(f"model {http.match_info['id']}")
+        return web.json_response(self._model_info())
+
+    def _model_info(self) -> Json:
+        name = self._settings.model
+        return {"type": "model", "id": name, "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
+
+    async def _health(self, http: web.Request) -> web.Response:
+        """503 while degraded, with the same body: `curl -f` is enough to wait for it."""
+        try:
+            health = await self._engine.health()
+            engine: Json = {"status": "healthy", "context": health.context, "slots": health.slots}
+        except ProxyError as error:
+            health = Health(context=0)
+            engine = {"status": "down", "reason": error.message}
+        up = engine["status"] == "healthy"
+        body = {
+            "status": "healthy" if up else "degraded",
+            "version": self._settings.version,
+            "engine": self._engine.name,
+            "model": self._settings.model,
+            "context": health.context or None,
+            "components": {"proxy": {"status": "healthy"}, self._engine.name: engine},
+            "usage": self._usage,
+        }
+        return web.json_response(body, status=200 if up else 503)
+
+    async def _count(self, http: web.Request) -> web.Response:
+        trace().cls = "count"
+        request = contract.parse(await read_body(http))
+        tokens = await self._engine.count(request)
+        if tokens is None:
+            raise not_found(f"a token counter in {self._engine.name}")
+        return web.json_response({"input_tokens": tokens})
+
+    async def _messages(self, http: web.Request) -> web.StreamResponse:
+        trace().cls = request_class(http)
+        with self._serving(probe=is_probe(http)):
+            request = contract.parse(await read_body(http))
+            with self._admission.place():
+                await self._check_length(request)
+                self._usage["requests"] += 1
+                if request.stream:
+                    return await self._stream(http, request)
+                return await self._whole(request)
+
+    @contextmanager
+    def _serving(self, *, probe: bool) -> Iterator[None]:
+        """Between these two touches the background task makes more of them."""
+        if probe:
+            yield
+            return
+        self._clients += 1
+        self._run.touch_activity()
+        try:
+            yield
+        finally:
+            self._clients -= 1
+            self._run.touch_activity()
+
+    async def _check_length(self, request: Request) -> None:
+        """Before the 200, so that it is a real status, and so is an engine that is down."""
+        tokens = await self._engine.count(request)
+        limit = await self._engine.context()
+        if tokens is not None and tokens > limit:
+            raise too_long(tokens, limit)
+
+    async def _stream(self, http: web.Request, request: Request) -> web.StreamResponse:
+        narrator = Narrator(self._settings.model)
+        async with EventStream(http, self._settings.ping_every) as stream:
+            try:
+                async with aclosing(self._answer(request, narrator)) as answer:
+                    async for event in answer:
+                        await stream.send(event)
+            except ProxyError as error:
+                trace().outcome = error.kind
+                await stream.send(_event_of(error, narrator))
+        return stream.response
+
+    async def _whole(self, request: Request) -> web.Response:
+        narrator = Narrator(self._settings.model)
+        message = collect([event async for event in self._answer(request, narrator)])
+        return web.json_response(message, headers={"request-id": trace().id})
+
+    async def _answer(self, request: Request, narrator: Narrator) -> AsyncGenerator[Json]:
+        """Wait for a slot and tell what the engine says. Leaving it early cancels the generation."""
+        try:
+            async with self._admission.turn():
+                trace().mark_turn()
+                async with aclosing(self._engine.messages(request)) as events:
+                    async for event in events:
+                        for told in narrator.tell(event):
+                            trace().mark_first()
+                            yield told
+                        if isinstance(event, Done):
+                            break
+            if not narrator.finished:
+                raise EngineBroke("the engine stopped in the middle of the answer")
+        finally:
+            self._record(narrator)
+
+    def _record(self, narrator: Narrator) -> None:
+        trace().input_tokens, trace().cached_tokens = narrator.prompt.total, narrator.prompt.cached
+        trace().output_tokens = narrator.output_tokens
+        self._usage["input_tokens"] += narrator.prompt.total
+        self._usage["output_tokens"] += narrator.output_tokens
+
+    async def _background(self, app: web.Application) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(self._touch()), asyncio.create_task(self._await_ready())]
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._engine.close()
+
+    async def _touch(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.touch_every)
+            if self._clients:
+                self._run.touch_activity()
+
+    async def _await_ready(self) -> None:
+        while True:
+            try:
+                health = await self._engine.health()
+            except ProxyError as error:
+                log.debug("not ready: %s", error.message)
+            else:
+                self._run.mark_ready()
+                log.info("ready: %s with %d tokens", self._settings.model, health.context)
+                return
+            await asyncio.sleep(self._settings.ready_every)
+
+
+def _event_of(error: ProxyError, narrator: Narrator) -> Json:
+    """An error after the 200. Before `message_start`, Claude Code repeats a stream that was overloaded as it was."""
+    early = isinstance(error, EngineBroke) and not narrator.started
+    body = error.body(trace().id)
+    if early:
+        body["error"]["type"] = OVERLOADED
+    return body

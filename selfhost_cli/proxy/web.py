@@ -1,0 +1,192 @@
+"""What both roles need of HTTP: token, errors, one log line per request, how to be hosted."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from selfhost_cli.proxy import sse
+from selfhost_cli.proxy.contract import Json
+from selfhost_cli.proxy.errors import INVALID, ProxyError, new_request_id, not_found, too_large, unauthorized
+
+MAX_BODY = 32 * 2**20
+PING_EVERY = 5.0
+PUBLIC = frozenset({"/", "/api/hello"})
+
+log = logging.getLogger("selfhost.proxy")
+_TRACE: ContextVar[Trace] = ContextVar("trace")
+
+
+@dataclass
+class Trace:
+    """What the log says of one request. Never any of its text."""
+
+    id: str = field(default_factory=new_request_id)
+    cls: str = "other"
+    outcome: str = ""
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    began: float = field(default_factory=time.monotonic)
+    waited: float | None = None
+    first: float | None = None
+
+    def mark_turn(self) -> None:
+        self.waited = time.monotonic() - self.began
+
+    def mark_first(self) -> None:
+        if self.first is None:
+            self.first = time.monotonic() - self.began
+
+    def line(self, http: web.Request, status: int) -> str:
+        times = {"wait": self.waited, "first": self.first, "total": time.monotonic() - self.began}
+        return " ".join(
+            [
+                f"id={self.id} {http.method} {http.path!r} class={self.cls} status={status}",
+                f"outcome={self.outcome or 'ok'}",
+                f"in={self.input_tokens} cached={self.cached_tokens} out={self.output_tokens}",
+                *(f"{name}={value:.3f}" for name, value in times.items() if value is not None),
+            ]
+        )
+
+
+def trace() -> Trace:
+    """Of the request that this task serves."""
+    return _TRACE.get()
+
+
+def is_probe(http: web.Request) -> bool:
+    """Asked by ourselves (health, prewarming), not by a client."""
+    return http.headers.get("x-selfhost-probe") == "1"
+
+
+def request_class(http: web.Request) -> str:
+    """What Claude Code says that the request is for: main, subagent, compaction, auxiliary, …"""
+    if is_probe(http):
+        return "probe"
+    name = http.headers.get("x-claude-code-request-class", "main")
+    return name if name.isascii() and name.isalpha() and len(name) <= 20 else "other"
+
+
+def application(token: str, public: frozenset[str] = PUBLIC) -> web.Application:
+    """An empty one that checks the token, words every failure as Anthropic's, and logs."""
+    return web.Application(middlewares=[_gate(token, public)], client_max_size=MAX_BODY)
+
+
+def runner(app: web.Application) -> web.AppRunner:
+    """How either role has to be hosted: handlers are cancelled when their client is gone."""
+    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=2)
+
+
+async def read_body(http: web.Request) -> bytes:
+    """The whole body, or ProxyError 413."""
+    if (http.content_length or 0) > MAX_BODY:
+        raise too_large(MAX_BODY)
+    try:
+        return await http.read()
+    except web.RequestPayloadError as error:
+        raise ProxyError(400, INVALID, f"the body cannot be read: {error}") from error
+
+
+class EventStream:
+    """A 200 of server-sent events whose headers leave at once, with a ping in every silence.
+
+    Use as an async context manager; a client that is gone shows as ConnectionError from `send`.
+    """
+
+    def __init__(self, http: web.Request, ping_every: float = PING_EVERY) -> None:
+        self._http = http
+        self._every = ping_every
+        self._last = time.monotonic()
+        self.response = web.StreamResponse(
+            headers={
+                "content-type": "text/event-stream; charset=utf-8",
+                "cache-control": "no-cache",
+                "request-id": trace().id,
+            }
+        )
+
+    async def __aenter__(self) -> EventStream:
+        await self.response.prepare(self._http)
+        self._pinger = asyncio.create_task(self._ping())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._pinger.cancel()
+
+    async def send(self, event: Json) -> None:
+        self._last = time.monotonic()
+        await self.response.write(sse.encode(event))
+
+    async def _ping(self) -> None:
+        while True:
+            silence = time.monotonic() - self._last
+            if silence < self._every:
+                await asyncio.sleep(self._every - silence)
+                continue
+            self._last = time.monotonic()
+            try:
+                await self.response.write(sse.PING)
+            except ConnectionError:
+                return
+
+
+def _gate(token: str, public: frozenset[str]) -> Middleware:
+    @web.middleware
+    async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
+        traced = Trace()
+        _TRACE.set(traced)
+        status = 499
+        try:
+            if request.path not in public and not _knows(token, request):
+                raise unauthorized()
+            response = await handler(request)
+            status = response.status
+            return response
+        except (ProxyError, web.HTTPException) as error:
+            failure = error if isinstance(error, ProxyError) else _worded(error, request)
+            status, traced.outcome = failure.status, traced.outcome or failure.kind
+            return _answer(failure, traced)
+        except (asyncio.CancelledError, ConnectionError):
+            traced.outcome = "client gone"
+            raise
+        except Exception:
+            log.exception("id=%s a bug of ours", traced.id)
+            status, traced.outcome = 500, "bug"
+            return _answer(ProxyError(500, "api_error", "the proxy failed; its log says why"), traced)
+        finally:
+            log.info("%s", traced.line(request, status))
+
+    return gate
+
+
+def _knows(token: str, http: web.Request) -> bool:
+    authorization = http.headers.get("authorization", "")
+    scheme, _, bearer = authorization.partition(" ")
+    offered = [http.headers.get("x-api-key", "")] + ([bearer.strip()] if scheme.lower() == "bearer" else [])
+    wanted = token.encode()
+    return any(hmac.compare_digest(one.encode("utf-8", "surrogateescape"), wanted) for one in offered)
+
+
+def _worded(error: web.HTTPException, http: web.Request) -> ProxyError:
+    match error.status:
+        case 404:
+            return not_found(http.path)
+        case 413:
+            return too_large(MAX_BODY)
+        case 405:
+            return ProxyError(405, INVALID, f"{http.method} is not possible on {http.path}")
+    return ProxyError(error.status, INVALID, error.reason)
+
+
+def _answer(error: ProxyError, trace: Trace) -> web.Response:
+    return web.json_response(
+        error.body(trace.id), status=error.status, headers=error.headers | {"request-id": trace.id}
+    )

@@ -1,0 +1,190 @@
+"""The cache directory over HTTP, for the boxes: `models/`, `wheels/` and its folders, with Range, ETag, and switches.
+
+The bytes sent are counted per box: the market bills them, and the box sees them in its `net_dev`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from aiohttp import web
+
+from selfhost_cli.sandbox import image
+from selfhost_cli.sandbox.instances import Instance, Instances
+
+FOLDERS = ("models", "wheels")
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+
+
+@dataclass
+class Switches:
+    """How transfers go wrong. None: not at all. `rate` in bytes/s, the others after so many bytes of an answer."""
+
+    rate: float | None = None
+    stall_after: int | None = None
+    cut_after: int | None = None
+
+
+class Mirror:
+    """Serves GET and HEAD below its prefix."""
+
+    def __init__(self, cache: Path | None, instances: Instances) -> None:
+        self._cache = cache
+        self._instances = instances
+        self.switches = Switches()
+        self.served: list[tuple[str, int]] = []
+        """(path, bytes sent) of every answer."""
+
+    async def index(self, request: web.Request) -> web.StreamResponse:
+        """Links for `pip --find-links`."""
+        folder = self._folder(request)
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else []
+        links = "".join(f'<a href="{quote(name)}">{html.escape(name)}</a><br>\n' for name in names)
+        return web.Response(text=f"<!DOCTYPE html><html><body>\n{links}</body></html>\n", content_type="text/html")
+
+    async def file(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        path = self._folder(request) / name
+        if name in (".", "..") or not path.is_file():
+            raise web.HTTPNotFound(text=f"the mirror has no {name}\n")
+        state = path.stat()
+        etag = f'"{state.st_size:x}-{state.st_mtime_ns:x}"'
+        headers = {"Accept-Ranges": "bytes", "ETag": etag, "Content-Type": "application/octet-stream"}
+        if request.headers.get("If-None-Match") == etag:
+            return web.Response(status=304, headers={"ETag": etag})
+        first, last = 0, state.st_size - 1
+        status = 200
+        if "Range" in request.headers and request.headers.get("If-Range", etag) == etag:
+            wanted = _range(request.headers["Range"], state.st_size)
+            if wanted is None:
+                return web.Response(status=416, headers={"Content-Range": f"bytes */{state.st_size}"})
+            first, last = wanted
+            status = 206
+            headers["Content-Range"] = f"bytes {first}-{last}/{state.st_size}"
+        headers["Content-Length"] = str(last - first + 1)
+        response = web.StreamResponse(status=status, headers=headers)
+        await response.prepare(request)
+        if request.method == "HEAD":
+            return response
+        box = await asyncio.to_thread(self._who, request)
+        await self._send(request, response, path, first, last - first + 1, self._counter(box))
+        return response
+
+    def _folder(self, request: web.Request) -> Path:
+        folder = request.match_info["folder"]
+        if self._cache is None or folder.partition("/")[0] not in FOLDERS:
+            raise web.HTTPNotFound(text=f"the mirror has no {folder}\n")
+        return self._cache / folder
+
+    async def _send(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        path: Path,
+        first: int,
+        length: int,
+        count: Callable[[int, bool], None],
+    ) -> None:
+        sent = 0
+        try:
+            with path.open("rb") as file:
+                file.seek(first)
+                while sent < length:
+                    room = min(length - sent, await self._room(request, sent))
+                    chunk = file.read(room)
+                    if not chunk:
+                        break
+                    await response.write(chunk)
+                    sent += len(chunk)
+                    count(len(chunk), False)
+            await response.write_eof()
+        except ConnectionError:
+            pass  # the box hung up, was destroyed, or the cut switch did it
+        finally:
+            count(0, True)
+            self.served.append((request.path, sent))
+
+    async def _room(self, request: web.Request, sent: int) -> int:
+        """How many bytes may be sent now; waits as the switches, which can change meanwhile, say."""
+        while True:
+            if request.transport is None or request.transport.is_closing():
+                raise ConnectionResetError("the client is gone")
+            switches = self.switches
+            if switches.cut_after is not None and sent >= switches.cut_after:
+                request.transport.abort()
+                raise ConnectionAbortedError("cut, as switched")
+            if switches.stall_after is not None and sent >= switches.stall_after:
+                await asyncio.sleep(0.05)
+                continue
+            break
+        room = 1 << 20
+        if switches.rate is not None:
+            room = max(1, min(room, int(switches.rate / 20)))
+            await asyncio.sleep(room / switches.rate)
+        limits = (switches.stall_after, switches.cut_after)
+        return min([room, *(limit - sent for limit in limits if limit is not None)])
+
+    def _counter(self, instance: Instance | None) -> Callable[[int, bool], None]:
+        if instance is None:
+            return lambda length, over: None
+        told = asyncio.get_running_loop().time()
+
+        def count(length: int, over: bool) -> None:
+            nonlocal told
+            instance.meter.down_bytes += length
+            now = asyncio.get_running_loop().time()
+            if (over or now - told > 0.5) and instance.ended is None:
+                told = now
+                image.write_net_dev(instance.box, instance.meter.down_bytes, instance.meter.up_bytes)
+
+        return count
+
+    def _who(self, request: web.Request) -> Instance | None:
+        """The box whose process holds the other end of the connection: on loopback they all have one address."""
+        peer = request.transport.get_extra_info("peername") if request.transport else None
+        inode = _inode(peer[1]) if peer else None
+        if inode is None:
+            return None
+        for instance in self._instances.alive():
+            if any(_holds(pid, inode) for pid in instance.pids()):
+                return instance
+        return None
+
+
+def _inode(port: int) -> str | None:
+    """The socket inode of 127.0.0.1:port."""
+    local = f"0100007F:{port:04X}"
+    with open("/proc/net/tcp") as table:
+        for line in table:
+            fields = line.split()
+            if fields[1] == local:
+                return fields[9]
+    return None
+
+
+def _holds(pid: int, inode: str) -> bool:
+    folder = f"/proc/{pid}/fd"
+    try:
+        return any(os.readlink(f"{folder}/{name}") == f"socket:[{inode}]" for name in os.listdir(folder))
+    except OSError:
+        return False
+
+
+def _range(text: str, size: int) -> tuple[int, int] | None:
+    """First and last byte; None when it cannot be satisfied (several ranges are not offered)."""
+    found = _RANGE.fullmatch(text.strip())
+    if not found or found.groups() == ("", ""):
+        return None
+    start, end = found.groups()
+    if not start:
+        first, last = max(0, size - int(end)), size - 1
+    else:
+        first, last = int(start), min(int(end), size - 1) if end else size - 1
+    return (first, last) if first <= last and first < size else None

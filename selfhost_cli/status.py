@@ -1,0 +1,71 @@
+"""What there is, and what it costs: the ledger's word, the keeper's, and the box's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from selfhost_cli import attach
+from selfhost_cli.attach import Front
+from selfhost_cli.config import Settings
+from selfhost_cli.errors import SelfhostError
+from selfhost_cli.invoice import Invoice, invoice
+from selfhost_cli.ledger import Ledger
+from selfhost_cli.model import Rental, State
+
+LOOK_S = 5.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """One rental as it stands. `tunnel` is the keeper's state of it, `box` what the proxy on the box answered."""
+
+    rental: Rental
+    tunnel: str
+    reason: str
+    url: str
+    box: dict[str, Any]
+    so_far: Invoice
+
+
+def look(settings: Settings, ledger: Ledger, *, now: float) -> list[Status]:
+    """Every rental that may cost money. Asks the keeper when it runs, never the market, and starts nothing."""
+    front = attach.find(settings.paths)
+    return [_status(rental, front, ledger, now) for rental in ledger.live()]
+
+
+def _status(rental: Rental, front: Front | None, ledger: Ledger, now: float) -> Status:
+    tunnel, reason = _tunnel(rental, front)
+    box = _ask_box(front) if front and tunnel == "up" else {}
+    so_far = invoice(rental, ledger.usage(rental.label), None, now=now)
+    return Status(rental, tunnel, reason, front.url if front else "", box, so_far)
+
+
+def _tunnel(rental: Rental, front: Front | None) -> tuple[str, str]:
+    if front is None:
+        hint = "it starts with the next `selfhost claude`" if rental.state is State.READY else ""
+        return "no keeper", hint
+    try:
+        answer = attach.call(front, "state")
+    except SelfhostError as error:
+        return "no answer", error.message
+    for row in answer.get("rentals", []):
+        if row.get("label") == rental.label:
+            return str(row.get("state")), str(row.get("reason", ""))
+    return "not watched", ""
+
+
+def _ask_box(front: Front) -> dict[str, Any]:
+    try:
+        answer = httpx.get(
+            f"{front.url}/health",
+            headers={"Authorization": f"Bearer {front.token}"},
+            timeout=LOOK_S,
+            trust_env=False,
+        ).json()
+    except (httpx.HTTPError, ValueError):
+        return {}
+    box = answer.get("box") if isinstance(answer, dict) else None
+    return box if isinstance(box, dict) else {}

@@ -1,0 +1,504 @@
+#!/bin/sh
+# Installs engine, model and proxy of selfhost under ~/.selfhost, and starts them. See usage() below.
+#
+# Progress goes to stdout, one line each: @selfhost<TAB>step<TAB>status<TAB>done<TAB>total<TAB>text
+# (a person's terminal gets plain lines); everything else goes to ~/.selfhost/log/install.log.
+# A step is skipped when its inputs are those of its last success (steps/NAME) and its result is verified to be there.
+
+umask 077
+
+usage() {
+  cat <<'HELP'
+usage: sh install.sh [--force] [--engine NAME] [--model NAME] [--context TOKENS] [--skip-redis] [--help]
+
+Installs what a box of selfhost needs (tools, model, engine, proxy) under ~/.selfhost and starts it on 127.0.0.1.
+Running it again changes nothing that is already right.
+
+  --engine NAME     llamacpp (CPU; wants SELFHOST_MODEL_URL) or ollama (comes with a later version)
+  --model NAME      the model to serve (default: qwen3-coder:30b)
+  --context TOKENS  its context (default: 65536)
+  --force           do every step again; downloads that verify are kept
+  --skip-redis      accepted for old habits: the cache lives in the front, on your own machine
+
+Settings come from these flags, then ~/.selfhost/run/install.env (written by `selfhost up`, or by this script with a
+token of its own making), then SELFHOST_* variables of the environment, then the defaults. It runs as any user; apt-get
+is used only by root, and only for a tool that is missing. Log: ~/.selfhost/log/install.log
+HELP
+}
+
+main() {
+  options "$@"
+  HERE=$(cd "$(dirname "$0")" && pwd)
+  mkdir -p "$HOME/.selfhost" && cd "$HOME/.selfhost" || exit 1
+  mkdir -p run log bin downloads steps tmp
+  exec 3>&1 4>&2 >>log/install.log 2>&1 </dev/null
+  # Nothing outside this directory may change: no temporary files, and no bytecode beside the system's own modules.
+  export TMPDIR="$HOME/.selfhost/tmp" PYTHONDONTWRITEBYTECODE=1
+  # When the laptop goes away in the middle, what was begun is finished: the watchdog is there for the money.
+  trap '' PIPE
+  trap 'exit 130' INT TERM HUP
+  trap 'cleanup' EXIT
+  job=''
+
+  STEP=tools
+  one_at_a_time
+  settings
+  [ -z "$skip_redis" ] || note "no Redis here: the cache lives in the front, on your own machine"
+  check_engine
+  step tools "$TOOLS"
+  step model "$ENGINE $MODEL ${SELFHOST_MODEL_SHA256:-$SELFHOST_MODEL_URL}"
+  step engine "$ENGINE $SELFHOST_ENGINE_REQUIREMENTS $("$PY" -V)"
+  step proxy "$SELFHOST_PROXY_REQUIREMENTS $("$PY" -V)"
+  step start "$(part_inputs engine) $(part_inputs proxy)"
+}
+
+options() {
+  force='' skip_redis='' opt_engine='' opt_model='' opt_context=''
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --help | -h) usage && exit 0 ;;
+      --force) force=1 ;;
+      --skip-redis) skip_redis=1 ;;
+      --engine | --model | --context)
+        [ $# -gt 1 ] || misused "$1 wants a value"
+        case $1 in
+          --engine) opt_engine=$2 ;;
+          --model) opt_model=$2 ;;
+          --context) opt_context=$2 ;;
+        esac
+        shift
+        ;;
+      *) misused "unknown option $1" ;;
+    esac
+    shift
+  done
+  case $opt_context in *[!0-9]*) misused "--context wants a number of tokens" ;; esac
+}
+
+misused() {
+  echo "install.sh: $1" >&2
+  usage >&2
+  exit 2
+}
+
+# An install whose laptop went away may still be running: wait for it, then see what is left to do.
+one_at_a_time() {
+  exec 7>>run/install.lock
+  until flock -n 7; do
+    say progress '' '' "waiting for an earlier install to end"
+    flock -w 5 7 && break
+  done
+}
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+settings() {
+  # What the create call said of this box; its key is the watchdog's alone.
+  # shellcheck source=/dev/null
+  [ ! -f run/box.env ] || . run/box.env
+  unset CONTAINER_API_KEY
+  # shellcheck source=/dev/null
+  [ ! -f run/install.env ] || . run/install.env
+  ENGINE=${opt_engine:-${SELFHOST_ENGINE:-ollama}}
+  MODEL=${opt_model:-${SELFHOST_MODEL:-qwen3-coder:30b}}
+  CONTEXT=${opt_context:-${SELFHOST_CONTEXT:-65536}}
+  TOKEN=${SELFHOST_TOKEN:-$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')}
+  : "${SELFHOST_MODEL_URL=}" "${SELFHOST_MODEL_SHA256=}" "${SELFHOST_MODEL_BYTES=}" "${SELFHOST_PIP_ARGS=}"
+  : "${SELFHOST_PROXY_REQUIREMENTS=aiohttp>=3.11}" "${SELFHOST_ENGINE_REQUIREMENTS=xllamacpp}" "${SELFHOST_VERSION=}"
+  NAME=${SELFHOST_MODEL_URL##*/}
+  NAME=${NAME%%\?*}
+  if [ ! -f run/install.env ] || [ "$opt_engine$opt_model$opt_context" ]; then
+    write_settings >run/install.env.new && mv run/install.env.new run/install.env
+  fi
+  # Run by hand from elsewhere (a checkout, say): bring the other parts along.
+  [ "$HERE" = "$(pwd)/bin" ] || bring_parts
+}
+
+write_settings() {
+  for pair in "ENGINE=$ENGINE" "MODEL=$MODEL" "CONTEXT=$CONTEXT" "TOKEN=$TOKEN" "VERSION=$SELFHOST_VERSION" \
+    "MODEL_URL=$SELFHOST_MODEL_URL" "MODEL_SHA256=$SELFHOST_MODEL_SHA256" "MODEL_BYTES=$SELFHOST_MODEL_BYTES" \
+    "PIP_ARGS=$SELFHOST_PIP_ARGS" "PROXY_REQUIREMENTS=$SELFHOST_PROXY_REQUIREMENTS" \
+    "ENGINE_REQUIREMENTS=$SELFHOST_ENGINE_REQUIREMENTS"; do
+    printf "SELFHOST_%s='%s'\n" "${pair%%=*}" "$(printf %s "${pair#*=}" | sed "s/'/'\\\\''/g")"
+  done
+}
+
+bring_parts() {
+  for part in install.sh start.sh stop.sh llamacpp.py proxy.zip; do
+    [ ! -f "$HERE/$part" ] || cp "$HERE/$part" bin/
+  done
+  if [ -f "$HERE/../selfhost_cli/payload.py" ]; then
+    PYTHONPATH=$HERE/.. python3 -c \
+      'import sys; from selfhost_cli.payload import proxy_zip; sys.stdout.buffer.write(proxy_zip())' >bin/proxy.zip
+  fi
+}
+
+# Before anything is downloaded: every second here is paid for.
+check_engine() {
+  STEP=engine
+  case $ENGINE in
+    llamacpp)
+      if [ -z "${SELFHOST_SIMULATED_GPU-}" ] && command -v nvidia-smi >/dev/null; then
+        fail "llamacpp is refused on a box with a GPU: that wheel is CPU only; the engine for GPU boxes is ollama"
+      fi
+      [ "$NAME" ] || fail "llamacpp wants the address of a GGUF file in SELFHOST_MODEL_URL"
+      ;;
+    ollama) fail "the engine ollama comes with a later version; this one has llamacpp (CPU only)" ;;
+    *) fail "no engine '$ENGINE': this version has llamacpp, and ollama comes with a later one" ;;
+  esac
+}
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+# step NAME INPUTS: do_NAME, unless it was done with these inputs before and have_NAME still finds the result.
+step() {
+  STEP=$1 DONE=''
+  inputs=$(digest "$2")
+  if [ -z "$force" ] && [ "$(cat "steps/$1" 2>/dev/null)" = "$inputs" ] && "have_$1"; then
+    say skip '' '' "already there"
+    return
+  fi
+  say start
+  rm -f "steps/$1"
+  "do_$1"
+  "have_$1" || fail "the result of this step is not there"
+  echo "$inputs" >"steps/$1.new" && mv "steps/$1.new" "steps/$1"
+  say 'done' '' '' "$DONE"
+}
+
+TOOLS='curl python3 python3-venv flock setsid awk sha256sum stat df tail od sed'
+
+have_tools() {
+  [ -z "$(missing_tools)" ] && find_python
+}
+
+do_tools() {
+  missing=$(missing_tools)
+  if [ "$missing" ]; then
+    # shellcheck disable=SC2046
+    packages=$(words $(for tool in $missing; do package_of "$tool"; done | tr ' ' '\n' | sort -u))
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+      fail "missing on this box: $missing; as root: apt-get install -y $packages"
+    fi
+    busy "installing $packages" apt_install "$packages" || fail "apt-get could not install $packages"
+    missing=$(missing_tools)
+    [ -z "$missing" ] || fail "still missing after apt-get: $missing"
+  fi
+  find_python || fail "$(python3 -V) found, but 3.11 or newer is needed"
+  [ -f bin/start.sh ] && [ -f bin/stop.sh ] && [ -f bin/proxy.zip ] ||
+    fail "start.sh, stop.sh or proxy.zip is not in ~/.selfhost/bin: \`selfhost up\` puts them there"
+  DONE=$("$PY" -V)
+}
+
+missing_tools() {
+  # shellcheck disable=SC2046
+  words $(for tool in $TOOLS; do
+    case $tool in
+      python3-venv) ! command -v python3 >/dev/null || can_make_venv || echo "$tool" ;;
+      *) command -v "$tool" >/dev/null || echo "$tool" ;;
+    esac
+  done)
+}
+
+words() {
+  echo "$*"
+}
+
+can_make_venv() {
+  python3 -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("venv") and (u.find_spec("pip") or u.find_spec("ensurepip"))))'
+}
+
+package_of() {
+  case $1 in
+    curl) echo curl ca-certificates ;;
+    python3) echo python3 python3-venv ;;
+    python3-venv) echo python3-venv ;;
+    flock | setsid) echo util-linux ;;
+    awk) echo mawk ;;
+    sed) echo sed ;;
+    *) echo coreutils ;;
+  esac
+}
+
+apt_install() {
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update
+  # shellcheck disable=SC2086
+  apt-get install -y --no-install-recommends $1
+}
+
+# Sets PY to a Python that is new enough.
+find_python() {
+  for PY in python3 python3.14 python3.13 python3.12 python3.11; do
+    "$PY" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return
+  done
+  return 1
+}
+
+have_model() {
+  [ -s "downloads/$NAME" ] && { [ -z "$SELFHOST_MODEL_BYTES" ] || [ "$(size_of "downloads/$NAME")" = "$SELFHOST_MODEL_BYTES" ]; }
+}
+
+do_model() {
+  file=downloads/$NAME
+  if [ -f "$file" ]; then
+    verified "$file" && DONE="$(mb "$(size_of "$file")") MB, already there" && return
+    rm -f "$file"
+  fi
+  # The head start of onstart.sh holds this lock: its file grows meanwhile, and what it leaves is taken over.
+  exec 8>>"$file.part"
+  while ! flock -n 8; do
+    say progress "$(size_of "$file.part")" "$SELFHOST_MODEL_BYTES" "$NAME (begun at the start of the box)"
+    flock -w 1 8 && break
+  done
+  began=$(date +%s)
+  download "$SELFHOST_MODEL_URL" "$file.part" "$SELFHOST_MODEL_BYTES" "$NAME"
+  size=$(size_of "$file.part")
+  say progress "$size" "$size" "checking $NAME"
+  if ! verified "$file.part"; then
+    rm -f "$file.part"
+    fail "$NAME is not the promised file: its sha256 differs from $SELFHOST_MODEL_SHA256; it was deleted"
+  fi
+  mv "$file.part" "$file"
+  exec 8>&-
+  DONE="$(mb "$size") MB in $(($(date +%s) - began)) s"
+}
+
+# download URL FILE BYTES NAME: goes on where FILE ends, over cuts and stalls; gives up after 5 tries without a gain.
+download() {
+  tries=0
+  while :; do
+    have=$(size_of "$2")
+    [ "$have" = "$3" ] && return
+    # Longer than it can be: nothing of it can be trusted.
+    [ -n "$3" ] && [ "$have" -gt "$3" ] && : >"$2" && have=0
+    [ -z "$3" ] || enough_disk $(($3 - have)) "$4"
+    say progress "$have" "$3" "$4"
+    curl -qfsSL --proto '=http,https' --noproxy 127.0.0.1,localhost -C - --connect-timeout 20 --speed-limit 1024 \
+      --speed-time "${SELFHOST_STALL_S:-30}" -w '%{http_code}' -o "$2" "$1" 3>&- 4>&- 7>&- >tmp/status &
+    job=$!
+    watch_file "$2" "$3" "$4"
+    wait "$job"
+    code=$?
+    job=''
+    # A file of unknown size is complete when curl says so; else the size decides.
+    [ "$code" = 0 ] && [ -z "$3" ] && return
+    [ "$(size_of "$2")" = "$3" ] && return
+    case $code-$(cat tmp/status) in
+      # It cannot be continued (no ranges there, or none behind what is here): from the start.
+      33-* | 36-* | 22-416) : >"$2" ;;
+      23-*) fail "$4 cannot be written: is the disk full? $(free_mb) MB are free" ;;
+    esac
+    tries=$((tries + 1))
+    [ "$(size_of "$2")" -gt "$have" ] && tries=0
+    [ "$tries" -lt 5 ] || fail "the download of $4 makes no progress at $(mb "$have") MB: curl ended with status $code"
+    say progress "$(size_of "$2")" "$3" "$4: interrupted (curl status $code), going on"
+    sleep "$tries"
+  done
+}
+
+watch_file() {
+  ticks=0
+  while kill -0 "$job" 2>/dev/null; do
+    sleep 0.2
+    ticks=$((ticks + 1))
+    [ $((ticks % 5)) = 0 ] && say progress "$(size_of "$1")" "$2" "$3"
+  done
+}
+
+# 200 MB beside the file itself, for the venvs and the logs.
+enough_disk() {
+  free=$(free_mb)
+  [ -z "$free" ] || [ "$free" -ge $(($(mb "$1") + 200)) ] ||
+    fail "the disk is too small for $2: $(mb "$1") MB are still to come and 200 MB must stay, but only $free MB are free"
+}
+
+free_mb() {
+  df -Pk downloads | awk 'NR == 2 { printf "%d", $4 * 1024 / 1e6 }'
+}
+
+verified() {
+  [ -z "$SELFHOST_MODEL_SHA256" ] || busy "checking $NAME" matches "$1"
+}
+
+matches() {
+  [ "$(sha256sum <"$1" | cut -d' ' -f1)" = "$SELFHOST_MODEL_SHA256" ]
+}
+
+have_engine() {
+  satisfied engine/venv "$SELFHOST_ENGINE_REQUIREMENTS" && [ -f bin/llamacpp.py ]
+}
+
+do_engine() {
+  [ -f bin/llamacpp.py ] || fail "llamacpp.py is not in ~/.selfhost/bin: \`selfhost up\` puts it there"
+  make_venv engine/venv "$SELFHOST_ENGINE_REQUIREMENTS"
+}
+
+have_proxy() {
+  satisfied proxy/venv "$SELFHOST_PROXY_REQUIREMENTS" && [ -f bin/proxy.zip ]
+}
+
+do_proxy() {
+  make_venv proxy/venv "$SELFHOST_PROXY_REQUIREMENTS"
+}
+
+# Every requirement is installed there, in the pinned version where there is one.
+satisfied() {
+  # shellcheck disable=SC2086
+  [ -x "$1/bin/python" ] && (set -f; "$1/bin/python" -I -c '
+import re, sys
+from importlib.metadata import PackageNotFoundError, version
+for requirement in sys.argv[1:]:
+    name, _, pinned = re.split(r"[<>!~;\[ ]", requirement)[0].partition("==")
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        sys.exit(f"{name} is not installed")
+    if pinned and found != pinned:
+        sys.exit(f"{name} is {found}, not {pinned}")
+' $2)
+}
+
+# make_venv DIR REQUIREMENTS: one pip serves all venvs, because putting a pip into each takes several seconds.
+make_venv() {
+  rm -rf "$1"
+  if [ -z "$2" ]; then
+    "$PY" -m venv --without-pip "$1" || fail "$PY could not make a venv in ~/.selfhost/$1"
+  elif "$PY" -c 'import pip, sys; sys.exit([int(n) for n in pip.__version__.split(".")[:2]] < [22, 3])' 2>/dev/null; then
+    "$PY" -m venv --without-pip "$1" || fail "$PY could not make a venv in ~/.selfhost/$1"
+    busy "installing $2" pip_install "$2" "$PY" -m pip --python "$1/bin/python" || fail "pip could not install $2"
+  else
+    busy "making a venv" "$PY" -m venv "$1" || fail "$PY could not make a venv in ~/.selfhost/$1"
+    busy "installing $2" pip_install "$2" "$1/bin/python" -m pip || fail "pip could not install $2"
+  fi
+  DONE=$2
+}
+
+# pip_install REQUIREMENTS PIP…: when an index was ruled out, neither the user's settings nor a cache may bring one back.
+pip_install() {
+  requirements=$1
+  shift
+  case " $SELFHOST_PIP_ARGS " in
+    *' --no-index '*) set -- -i "PATH=$PATH" "HOME=$HOME" "TMPDIR=$TMPDIR" PYTHONDONTWRITEBYTECODE=1 PIP_CONFIG_FILE=/dev/null "$@" ;;
+  esac
+  set -f
+  # shellcheck disable=SC2086
+  env "$@" install --quiet --no-input --no-cache-dir --disable-pip-version-check \
+    --progress-bar off $SELFHOST_PIP_ARGS $requirements
+}
+
+part_inputs() {
+  case $1 in
+    engine) digest "$ENGINE $MODEL $CONTEXT $NAME $SELFHOST_MODEL_SHA256 $SELFHOST_ENGINE_REQUIREMENTS $(files_digest bin/start.sh bin/llamacpp.py)" ;;
+    proxy) digest "$ENGINE $MODEL $CONTEXT $TOKEN $SELFHOST_VERSION $SELFHOST_PROXY_REQUIREMENTS $(files_digest bin/start.sh bin/proxy.zip)" ;;
+  esac
+}
+
+have_start() {
+  healthy
+}
+
+do_start() {
+  for part in engine proxy; do
+    inputs_now=$(part_inputs "$part")
+    if [ "$force" ] || [ "$(cat "run/$part.inputs" 2>/dev/null)" != "$inputs_now" ]; then
+      sh bin/stop.sh "$part" || fail "the $part that runs does not end"
+      echo "$inputs_now" >"run/$part.inputs"
+    fi
+    rm -f "run/$part.deaths"
+  done
+  sh bin/start.sh 3>&- 4>&- 7>&- || fail "the parts could not be started"
+  began=$(date +%s)
+  ticks=0
+  until healthy; do
+    for part in engine proxy; do
+      [ "$(cat "run/$part.deaths" 2>/dev/null || echo 0)" -lt 4 ] || fail "the $part dies again and again" "log/$part.log"
+    done
+    waited=$(($(date +%s) - began))
+    [ "$waited" -lt "${SELFHOST_START_S:-900}" ] ||
+      fail "the proxy did not become healthy within $waited s: ${health:-no answer}" log/engine.log log/proxy.log
+    [ $((ticks % 10)) = 0 ] && say progress '' '' "waiting for the engine to load the model ($waited s)"
+    ticks=$((ticks + 1))
+    sleep 0.3
+  done
+  DONE="healthy on 127.0.0.1:$(cat run/proxy.port)"
+}
+
+# The token goes through stdin, because arguments can be read in ps.
+healthy() {
+  health=''
+  [ -s run/proxy.port ] || return 1
+  health=$(printf 'Authorization: Bearer %s\n' "$TOKEN" |
+    curl -qsS --noproxy '*' -m 5 -H @- "http://127.0.0.1:$(cat run/proxy.port)/health") || return 1
+  printf %s "$health" | "$PY" -IS -c 'import json, sys; sys.exit(json.load(sys.stdin).get("status") != "healthy")'
+}
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+say() { # STATUS [DONE [TOTAL [TEXT]]]
+  if [ -t 3 ]; then
+    printf '%-7s %-8s %s %s\n' "$STEP" "$1" "${2:+$(mb "$2")/$(mb "${3:-0}") MB}" "${4-}" >&3
+  else
+    printf '@selfhost\t%s\t%s\t%s\t%s\t%s\n' "$STEP" "$1" "${2-}" "${3-}" "${4-}" >&3
+  fi
+  [ "$1" = progress ] || echo "$(date '+%F %T') $STEP $1 ${4-}"
+}
+
+note() {
+  say progress '' '' "$1"
+}
+
+# fail TEXT [LOG…]: the caller also gets the end of the log that tells why.
+fail() {
+  say fail '' '' "$1"
+  text=$1
+  shift
+  [ $# -gt 0 ] || set -- log/install.log
+  for log in "$@"; do
+    printf -- '--- the end of ~/.selfhost/%s\n' "$log" >&4
+    tail -n 15 "$log" >&4
+  done
+  echo "install.sh: $text" >&4
+  exit 1
+}
+
+# busy TEXT COMMAND…: runs it and says every few seconds that it still does, because silence looks like a dead line.
+busy() {
+  doing=$1
+  shift
+  "$@" 3>&- 4>&- &
+  job=$!
+  ticks=0
+  while kill -0 "$job" 2>/dev/null; do
+    sleep 0.1
+    ticks=$((ticks + 1))
+    [ $((ticks % 50)) = 0 ] && say progress '' '' "$doing ($((ticks / 10)) s)"
+  done
+  wait "$job"
+  code=$?
+  job=''
+  return "$code"
+}
+
+cleanup() {
+  [ -z "$job" ] || kill "$job" 2>/dev/null
+  rm -rf tmp
+}
+
+digest() {
+  printf %s "$1" | sha256sum | cut -d' ' -f1
+}
+
+files_digest() {
+  cat "$@" 2>/dev/null | sha256sum | cut -d' ' -f1
+}
+
+size_of() {
+  stat -c %s "$1" 2>/dev/null || echo 0
+}
+
+mb() {
+  echo "$1" | awk '{ printf "%d", $1 / 1e6 }'
+}
+
+main "$@"

@@ -1,0 +1,82 @@
+#!/bin/sh
+# Ends this box when nobody needs it any more: lease not renewed, idle too long, or a cap in hours or dollars reached.
+# It needs neither the laptop nor the account key, only the key that the market gives to the box itself.
+# It travels inside onstart.sh (gzip + base64), so every byte counts: comments and indentation are stripped on the way.
+# All state is files in ~/.selfhost/run, so that people and tests can see and move it.
+
+cd "$HOME/.selfhost/run" || exit
+
+# A lock instead of a look at the pid file: pids are used again after a container restart, locks are not.
+# Status 1 means that another one holds it; anything else (no flock on this image) must not cost us the watchdog.
+exec 9>watchdog.lock
+flock -n 9 || [ $? != 1 ] || exit
+
+trap '' 1 2 15
+
+# Exported, because awk reads the limits from its environment. The C locale keeps awk's decimal point a point.
+set -a
+# shellcheck source=/dev/null
+. ./box.env
+LC_ALL=C
+
+echo $$ >watchdog.pid
+[ -e lease ] || : >lease
+# Never moved by restarts. Should it be unreadable, it counts as 1970, which ends the box: the safe side.
+[ -s started ] || date +%s >started
+t0=$(cat started)
+
+# api METHOD BODY: one call about this instance, prints the HTTP status (000: no answer, nothing: no curl).
+# The key goes through stdin, because arguments can be read in ps. No proxy: none may see the key or stop the end.
+# The lock is closed for everything that can outlive us.
+api() {
+  printf 'header="Authorization: Bearer %s"' "$CONTAINER_API_KEY" |
+    curl -qsSK - --noproxy '*' -m 20 -o /dev/null -w '%{http_code}' -X "$1" -H 'Content-Type: application/json' -d "$2" \
+      "${SELFHOST_MARKET_URL:-https://console.vast.ai}/api/v0/instances/$CONTAINER_ID/" 9>&-
+}
+
+# Prints why the box has to end, or nothing. Runs in a subshell, so that what `limits` says lasts for one look only.
+# Idleness counts from the first time the proxy was ready. An unreadable traffic file costs the bytes, not the verdict.
+verdict() {
+  l=$(stat -c %Y lease)
+  a=
+  [ -e ready ] && a=$(stat -c %Y ready activity | sort -n | tail -n 1)
+  eval "$(grep -xE 'SELFHOST_(LEASE_S|IDLE_S|MAX_S|MAX_DOLLARS)=[0-9]+(\.[0-9]+)?' limits)"
+  # shellcheck disable=SC2002
+  cat "${SELFHOST_NET_DEV:-/proc/net/dev}" | awk -v n="$(date +%s)" -v s="$t0" -v l="${l:-$t0}" -v a="$a" '
+    function g(k, d) { k = ENVIRON["SELFHOST_" k]; return k == "" ? d : k + 0 }
+    sub(/:/, " ") && $1 != "lo" { r += $2; t += $10 }
+    END {
+      h = n - s
+      d = h / 3600 * g("DPH") + (r * g("DOWN_PER_GB") + t * g("UP_PER_GB")) / 1e9
+      l = n - l
+      i = a ? n - a : 0
+      if (l > g("LEASE_S", 2700)) print "lease not renewed for " l " s"
+      else if (i > g("IDLE_S", 2700)) print "idle for " i " s"
+      else if (h > g("MAX_S", 28800)) print "time cap: " h " s"
+      else if (d > g("MAX_DOLLARS", 5)) print "money cap: $" d
+    }'
+} 2>/dev/null
+
+n=0
+while :; do
+  # Asking for the state that it has changes nothing, and proves that the key and the way to the market work.
+  if [ ! -s armed ]; then
+    c=$(api PUT '{"state":"running"}')
+    case $c in
+      2*) echo ok >armed ;;
+      000 | 3* | 408 | 429 | 5*) ;;
+      *) echo "refused ${c:-no curl}" >armed ;;
+    esac
+  fi
+  # Once said, it stands: a box that is being destroyed must not be taken up again.
+  v=${v:-$(verdict)}
+  if [ "$v" ]; then
+    echo "$v" >verdict
+    n=$((n + 1))
+    echo "$v: $(date) $(api DELETE '{}')"
+    # Still being here is the failure, whatever the answers said: stopping is cheaper than running.
+    [ $n -ge 5 ] && api PUT '{"state":"stopped"}'
+    [ $n = 10 ] && sh ../bin/stop.sh engine 9>&- &
+  fi
+  sleep "${SELFHOST_TICK_S:-5}" 9>&-
+done

@@ -1,0 +1,120 @@
+"""A box and a keeper without processes: scripted answers to the commands that `install` sends, and a real listener."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from selfhost_cli import install
+from selfhost_cli.attach import Front
+from selfhost_cli.ledger import Ledger
+from selfhost_cli.model import Endpoint
+from selfhost_cli.remote import ConnectionLost, NotYet, Remote, Result
+
+
+@dataclass
+class FakeBox:
+    """What every box of a test answers. `refusals` connections are refused before the first one works."""
+
+    armed: str = "ok"
+    install_code: int = 0
+    refusals: int = 0
+    connections: list[Endpoint] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    before: Callable[[str], None] = lambda verb: None
+
+    def connect(self, endpoint: Endpoint, host_key: str, login_key: Path) -> Remote:
+        self.before("connect")
+        self.keys.append(host_key)
+        if self.refusals:
+            self.refusals -= 1
+            raise NotYet(f"{endpoint}: connection refused")
+        self.connections.append(endpoint)
+        return _Connection(self)
+
+
+class _Connection:
+    def __init__(self, box: FakeBox) -> None:
+        self._box = box
+        self._open = True
+
+    def run(self, command: str, *, timeout: float = 60.0, on_line: Callable[[str], None] | None = None) -> Result:
+        if not self._open:
+            raise ConnectionLost("closed")
+        self._box.before("run")
+        if command == install.ARMED:
+            return Result(0, self._box.armed + "\n", "")
+        if command == install.PROXY_PORT:
+            return Result(0, "8000\n", "")
+        if command.startswith(install.INSTALL):
+            if on_line and self._box.install_code:
+                on_line("@selfhost\tmodel\tfail\t\t\tthe disk is full")
+            return Result(self._box.install_code, "", "")
+        return Result(0, "", "")
+
+    def put(self, data: bytes, path: str, *, mode: int = 0o600) -> None:
+        self._box.before("put")
+
+    def close(self) -> None:
+        self._open = False
+
+
+@dataclass
+class FakeKeeper:
+    """`lifecycle.Keeper` that reads the ledger as the real one does; `front` is served by `serving()`."""
+
+    ledger: Ledger
+    front: Front
+    blind: bool = False
+    starts: int = 0
+
+    def start(self) -> Front:
+        self.starts += 1
+        return self.front
+
+    def watched(self) -> set[str]:
+        return set() if self.blind else {rental.label for rental in self.ledger.live()}
+
+    def tunnel(self, label: str) -> tuple[str, str]:
+        return "up", ""
+
+
+@contextmanager
+def serving(model: str, context: int) -> Iterator[Front]:
+    """A front with a healthy box behind it that generates one token."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            parts = {"proxy": {"status": "healthy"}, "llamacpp": {"status": "healthy"}}
+            box = {"status": "healthy", "version": "1", "engine": "llamacpp", "model": model, "context": context}
+            self._reply({"status": "healthy", "keeper": {}, "box": {**box, "components": parts}})
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._reply({"type": "message", "content": [], "usage": {"input_tokens": 5, "output_tokens": 2}})
+
+        def _reply(self, body: dict[str, object]) -> None:
+            data = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        port = server.server_address[1]
+        yield Front(f"http://127.0.0.1:{port}", port, "front-token")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,21 @@
+"""Time that passes only when somebody sleeps."""
+
+from __future__ import annotations
+
+
+class FakeClock:
+    """`wait.Clock`; `sleeps` tells how long everybody slept."""
+
+    def __init__(self, start: float = 1_795_000_000.0) -> None:
+        self.now = start
+        self.sleeps: list[float] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        self.now += seconds

@@ -1,0 +1,374 @@
+"""The front: relays everything, gives the box nothing it must not have, and always has an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import hmac
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from selfhost_cli.proxy import sse
+from selfhost_cli.proxy.errors import ProxyError, invalid
+from selfhost_cli.proxy.front import Away, Upstream, Usage, build_front
+from tests.proxy.kit import (
+    HELLO,
+    HI,
+    STREAM,
+    LlamaStub,
+    assert_error,
+    asynchronous,
+    check_grammar,
+    ended,
+    eventually,
+    proxied,
+    serving,
+    started,
+    text,
+    texts,
+    types,
+    wire,
+)
+
+FRONT = "front-token"
+AUTH = {"authorization": f"Bearer {FRONT}"}
+
+
+@dataclass
+class Box:
+    """Stands where the tunnel ends: records what arrives, and answers as the test says."""
+
+    seen: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
+    answer: Any = None
+    drop: int = 0
+    gone: int = 0
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_route("*", "/{path:.*}", self._any)
+        return app
+
+    async def _any(self, http: web.Request) -> web.StreamResponse:
+        body = await http.read()
+        self.seen.append((http.method, http.raw_path, {k.lower(): v for k, v in http.headers.items()}, body))
+        if self.drop:
+            self.drop -= 1
+            assert http.transport
+            http.transport.abort()
+        if self.answer:
+            try:
+                response: web.StreamResponse = await self.answer(http)
+                return response
+            except (asyncio.CancelledError, ConnectionError):
+                self.gone += 1
+                raise
+        return web.json_response({"status": "healthy"}, headers={"x-own": "yes"})
+
+
+@dataclass
+class Front:
+    url: str
+    session: aiohttp.ClientSession
+    usage: list[Usage]
+
+    def ask(self, path: str, method: str = "POST", body: Any = None, **headers: str) -> Any:
+        data = json.dumps(body).encode() if body is not None else None
+        return self.session.request(method, self.url + path, data=data, headers=AUTH | headers)
+
+    async def stream(self) -> list[dict[str, Any]]:
+        async with self.ask("/v1/messages", body=STREAM) as response:
+            assert response.status == 200
+            return [json.loads(event.data) async for event in sse.events(response.content.iter_any())]
+
+
+async def double(given: dict[str, Any]) -> dict[str, Any]:
+    if "n" not in given:
+        raise invalid("n is missing")
+    return {"n": given["n"] * 2}
+
+
+async def refuse(given: dict[str, Any]) -> dict[str, Any]:
+    raise ProxyError(409, "invalid_request_error", "not now")
+
+
+@asynccontextmanager
+async def fronted(target: Upstream | Away) -> AsyncIterator[Front]:
+    usage: list[Usage] = []
+    controls = {"double": double, "refuse": refuse}
+    app = build_front(FRONT, lambda: target, lambda: {"pid": 7}, usage.append, controls)
+    async with serving(app) as url, aiohttp.ClientSession() as session:
+        yield Front(url, session, usage)
+
+
+@asynccontextmanager
+async def before(box: Box) -> AsyncIterator[Front]:
+    async with serving(box.application()) as url, fronted(Upstream(url, "box-token", "rental-1")) as front:
+        yield front
+
+
+def playing(*steps: bytes | asyncio.Event | str) -> Any:
+    async def answer(http: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(http)
+        for step in steps:
+            if isinstance(step, asyncio.Event):
+                await step.wait()
+            elif step == "die":
+                assert http.transport
+                http.transport.abort()
+            else:
+                assert isinstance(step, bytes)
+                await response.write(step)
+        return response
+
+    return answer
+
+
+# --- relaying ---
+
+
+@asynchronous
+async def test_method_path_query_body_and_headers_arrive_as_they_were_sent() -> None:
+    box = Box()
+    async with before(box) as front:
+        for method in ("POST", "GET", "DELETE"):
+            path = "/v1/a%2Fb/c?beta=true&x=%20"
+            async with front.ask(method=method, path=path, body={"a": 1}, **{"anthropic-beta": "x,y"}) as response:
+                assert await response.json() == {"status": "healthy"}
+                assert response.headers["x-own"] == "yes"
+    assert [seen[:2] for seen in box.seen] == [(m, "/v1/a%2Fb/c?beta=true&x=%20") for m in ("POST", "GET", "DELETE")]
+    assert {seen[3] for seen in box.seen} == {b'{"a": 1}'}
+    assert {seen[2]["anthropic-beta"] for seen in box.seen} == {"x,y"}
+
+
+@asynchronous
+async def test_the_fronts_token_never_reaches_the_box() -> None:
+    box = Box()
+    secrets = {
+        "x-api-key": FRONT,
+        "proxy-authorization": f"Bearer {FRONT}",
+        "connection": "keep-alive, x-hop",
+        "x-hop": FRONT,
+    }
+    async with before(box) as front:
+        async with front.ask("/v1/messages", body=HI, **secrets):
+            pass
+        async with front.session.post(front.url + "/v1/messages", json=HI, headers={"x-api-key": FRONT}):
+            pass
+        async with front.ask("/health", "GET"):
+            pass
+    assert len(box.seen) == 3
+    assert FRONT not in str(box.seen)
+    assert {seen[2]["authorization"] for seen in box.seen} == {"Bearer box-token"}
+    assert all("x-api-key" not in seen[2] for seen in box.seen)
+
+
+@asynchronous
+async def test_errors_of_the_box_pass_with_status_and_headers() -> None:
+    async def refused(http: web.Request) -> web.Response:
+        return web.json_response({"type": "error"}, status=400, headers={"x-should-retry": "false"})
+
+    async with before(Box(answer=refused)) as front, front.ask("/v1/messages", body=STREAM) as response:
+        assert (response.status, response.headers["x-should-retry"]) == (400, "false")
+        assert await response.json() == {"type": "error"}
+        assert front.usage == []
+
+
+@asynchronous
+async def test_a_compressed_request_arrives_readable() -> None:
+    box = Box()
+    async with before(box) as front:
+        headers = AUTH | {"content-encoding": "gzip"}
+        async with front.session.post(front.url + "/x", data=gzip.compress(b"plain"), headers=headers) as response:
+            assert response.status == 200
+    assert box.seen[0][3] == b"plain"
+    assert "content-encoding" not in box.seen[0][2]
+
+
+@asynchronous
+async def test_events_pass_as_they_come() -> None:
+    hold = asyncio.Event()
+    head, *rest = HELLO
+    async with before(Box(answer=playing(head, hold, *rest))) as front:
+        async with front.ask("/v1/messages", body=STREAM) as response:
+            assert await response.content.readline() == b"event: message_start\n"
+            hold.set()
+            assert b"message_stop" in await response.content.read()
+
+
+@asynchronous
+async def test_a_client_that_is_gone_cancels_what_it_asked_for() -> None:
+    box = Box(answer=playing(HELLO[0], asyncio.Event()))
+    async with before(box) as front:
+        async with front.ask("/v1/messages", body=STREAM) as response:
+            await response.content.readline()
+        await eventually(lambda: box.gone == 1, seconds=1)
+
+
+@asynchronous
+async def test_usage_is_read_from_streams_and_from_bodies() -> None:
+    usage = {"input_tokens": 3, "cache_read_input_tokens": 7, "output_tokens": 5}
+    end = wire("message_delta", delta={"stop_reason": "end_turn"}, usage=usage) + wire("message_stop")
+
+    async def whole(http: web.Request) -> web.Response:
+        return web.json_response({"usage": usage})
+
+    box = Box(answer=playing(started(), *text("x"), end[:30], end[30:]))
+    async with before(box) as front:
+        async with front.ask("/v1/messages?beta=true", body=STREAM, **{"x-claude-code-request-class": "subagent"}) as r:
+            await r.read()
+        box.answer = whole
+        async with front.ask("/v1/messages", body=HI, **{"x-selfhost-probe": "1"}) as r:
+            await r.read()
+        async with front.ask("/v1/messages/count_tokens", body=HI) as r:
+            await r.read()
+        await eventually(lambda: len(front.usage) == 2)
+    assert front.usage == [Usage("rental-1", "subagent", 10, 5, 7), Usage("rental-1", "probe", 10, 5, 7)]
+
+
+@asynchronous
+async def test_both_roles_together_answer_as_one(tmp_path: Path) -> None:
+    stub = LlamaStub([started(4, 6), *text("Hello"), *ended(tokens=2)])
+    async with proxied(stub, tmp_path) as proxy, fronted(Upstream(proxy.url, "box-token", "r")) as front:
+        for _ in range(3):
+            delta = check_grammar(await front.stream())
+        assert delta["usage"]["output_tokens"] == 2
+        async with front.ask("/health", "GET") as response:
+            health = await response.json()
+    assert front.usage == [Usage("r", "main", 10, 2, 6)] * 3
+    assert (health["status"], health["keeper"], health["box"]["context"]) == ("healthy", {"pid": 7}, 4096)
+
+
+# --- when the box is not there ---
+
+
+@asynchronous
+async def test_while_the_box_is_away_the_state_is_told_and_when_to_come_back() -> None:
+    async with fronted(Away("connecting", "the tunnel is being opened", 7)) as front:
+        async with front.ask("/v1/messages", body=STREAM) as response:
+            message = assert_error(response.status, await response.json(), 529, "overloaded_error")
+            assert response.headers["retry-after"] == "7"
+        assert message == "the box is connecting: the tunnel is being opened"
+        async with front.ask("/health", "GET") as response:
+            assert response.status == 200
+            health = await response.json()
+    assert health["status"] == "degraded"
+    assert health["keeper"] == {"pid": 7}
+    assert health["box"] == {"status": "away", "state": "connecting", "reason": "the tunnel is being opened"}
+
+
+@asynchronous
+async def test_a_refused_connection_is_overloaded_with_a_short_wait() -> None:
+    async with fronted(Upstream("http://127.0.0.1:1", "t", "rental-1")) as front:
+        async with front.ask("/v1/messages", body=HI) as response:
+            message = assert_error(response.status, await response.json(), 529, "overloaded_error")
+            assert int(response.headers["retry-after"]) <= 15
+        assert "rental-1" in message
+        async with front.ask("/health", "GET") as response:
+            assert (await response.json())["box"]["status"] == "away"
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@asynchronous
+async def test_a_connection_that_drops_before_the_answer_is_tried_once_more(warm: bool) -> None:
+    box = Box()
+    async with before(box) as front:
+        if warm:
+            async with front.ask("/v1/models", "GET"):
+                pass
+        box.drop = 1
+        async with front.ask("/v1/messages", body=HI) as response:
+            assert response.status == 200
+        box.drop, before_it = 2, len(box.seen)
+        async with front.ask("/v1/messages", body=HI) as response:
+            assert_error(response.status, await response.json(), 529, "overloaded_error")
+        assert len(box.seen) == before_it + 2
+
+
+@pytest.mark.parametrize("end", ["die", b""], ids=["torn", "clean"])
+@asynchronous
+async def test_a_stream_that_breaks_ends_in_an_error_event_and_no_half_event(end: Any) -> None:
+    half = wire("content_block_delta", index=0, delta={"type": "text_delta", "text": "never whole"})[:-20]
+    async with before(Box(answer=playing(started(), *text("Hel"), half, end))) as front:
+        events = await front.stream()
+    assert texts(events) == "Hel"
+    assert types(events)[-1] == "error"
+    assert events[-1]["error"]["type"] == "api_error"
+
+
+@asynchronous
+async def test_a_stream_that_breaks_before_its_start_is_worth_another_try() -> None:
+    async with before(Box(answer=playing(sse.PING, "die"))) as front:
+        events = await front.stream()
+    assert types(events) == ["ping", "error"]
+    assert events[-1]["error"]["type"] == "overloaded_error"
+
+
+@asynchronous
+async def test_a_body_that_breaks_is_never_taken_for_whole() -> None:
+    async def torn(http: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "100"})
+        await response.prepare(http)
+        await response.write(b'{"usage"')
+        assert http.transport
+        http.transport.close()
+        return response
+
+    async with before(Box(answer=torn)) as front:
+        with pytest.raises(aiohttp.ClientError):
+            async with front.ask("/v1/messages", body=HI) as response:
+                await response.read()
+
+
+# --- what is its own ---
+
+
+@asynchronous
+async def test_the_token_is_asked_for_everywhere_but_for_liveness_and_the_proof() -> None:
+    box = Box()
+    async with before(box) as front:
+        for path in ("/health", "/v1/messages", "/selfhost/double", "/anything"):
+            async with front.session.post(front.url + path, headers={"x-api-key": "box-token"}) as response:
+                assert_error(response.status, await response.json(), 401, "authentication_error")
+        for path in ("/", "/api/hello"):
+            async with front.session.head(front.url + path) as response:
+                assert response.status == 200
+    assert box.seen == []
+
+
+@asynchronous
+async def test_the_listener_proves_that_it_knows_the_token_on_this_very_port() -> None:
+    async with fronted(Away("off", "")) as front:
+        nonce, port = "ab" * 16, front.url.rpartition(":")[2]
+        async with front.session.post(front.url + "/selfhost/prove", json={"nonce": nonce}) as response:
+            proof = (await response.json())["proof"]
+        message = f"selfhost-prove\n{nonce}\n{port}".encode()
+        assert proof == hmac.new(FRONT.encode(), message, hashlib.sha256).hexdigest()
+        for odd in ("", "xyz", 5, "AB" * 16, "a" * 500, f"{nonce}\n1"):
+            async with front.session.post(front.url + "/selfhost/prove", json={"nonce": odd}) as response:
+                assert_error(response.status, await response.json(), 400, "invalid_request_error")
+
+
+@asynchronous
+async def test_control_commands_are_served_by_name_and_never_relayed() -> None:
+    box = Box()
+    async with before(box) as front:
+        async with front.ask("/selfhost/double", body={"n": 4}) as response:
+            assert await response.json() == {"n": 8}
+        async with front.ask("/selfhost/double") as response:
+            assert assert_error(response.status, await response.json(), 400, "invalid_request_error") == "n is missing"
+        async with front.ask("/selfhost/refuse", body={}) as response:
+            assert response.status == 409
+        for method, path in (("POST", "/selfhost/unknown"), ("GET", "/selfhost/double"), ("POST", "/selfhost/a/b")):
+            async with front.ask(path, method, body={}) as response:
+                assert_error(response.status, await response.json(), 404, "not_found_error")
+    assert box.seen == []

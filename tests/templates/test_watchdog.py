@@ -1,0 +1,281 @@
+"""The deaths that need neither laptop nor account key (DESIGN, money rule 6), on the shipped watchdog."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from selfhost_cli import payload
+from tests.templates.box import Box, Market, eventually
+
+DELETE = ("DELETE", "/api/v0/instances/4711/", "{}")
+LIMITS = {
+    "SELFHOST_LEASE_S": "1000",
+    "SELFHOST_IDLE_S": "1000",
+    "SELFHOST_MAX_S": "100000",
+    "SELFHOST_MAX_DOLLARS": "5",
+    "SELFHOST_DPH": "0.40",
+    "SELFHOST_DOWN_PER_GB": "0.01",
+    "SELFHOST_UP_PER_GB": "0.02",
+}
+QUIET = "Inter-|   Receive  |  Transmit\n face |bytes packets|bytes packets\n"
+
+
+def net_dev(**interfaces: tuple[float, float]) -> str:
+    """The kernel's table: interface -> (received, sent) gigabytes."""
+    row = "{:>6}:{:.0f} 9 0 0 0 0 0 0 {:.0f} 9 0 0 0 0 0 0\n"
+    return QUIET + "".join(row.format(name, r * 1e9, t * 1e9) for name, (r, t) in interfaces.items())
+
+
+Watch = Callable[..., None]
+
+
+@pytest.fixture
+def watch(box: Box) -> Iterator[Watch]:
+    """Starts the watchdog with these limits over the harmless ones."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(**env: str) -> None:
+        box.run.mkdir(parents=True, exist_ok=True)
+        (box.dir / "bin").mkdir(exist_ok=True)
+        values = {**box.env, **LIMITS, **env}
+        lines = (f"{k}='{v}'\n" for k, v in values.items() if k.startswith(("CONTAINER", "SELFHOST")))
+        (box.run / "box.env").write_text("".join(lines))
+        script = box.dir / "bin/watchdog.sh"
+        script.write_bytes(payload.strip(payload.script("watchdog.sh")))
+        (box.root / "net_dev").write_text(net_dev(eth0=(0, 0)))
+        plain = {"HOME": str(box.home), "PATH": box.env["PATH"]}
+        log = (box.path / "watchdog.log").open("wb")
+        with log:
+            started.append(subprocess.Popen(["sh", str(script)], env=plain, stdout=log, stderr=log))
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def age(box: Box, name: str, seconds: float) -> None:
+    path = box.run / name
+    path.touch()
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def ticks(box: Box, market: Market, count: int = 3) -> None:
+    """The watchdog looked `count` times more. A look that finds nothing leaves no trace, so it has to arm itself again,
+    which it does at the beginning of a tick."""
+    for _ in range(count):
+        before = len(market.calls)
+        (box.run / "armed").unlink(missing_ok=True)
+        eventually(lambda before=before: len(market.calls) > before and box.text("run/armed"))
+
+
+def test_a_lease_that_is_not_renewed_ends_the_box(box: Box, market: Market, watch: Watch) -> None:
+    watch()
+    eventually(lambda: box.text("run/armed") == "ok")
+    age(box, "lease", 1100)
+    eventually(lambda: DELETE in market.calls)
+    assert market.auth == {"Bearer box-key-0123456789"}
+    assert market.calls[1] == DELETE
+    assert box.text("run/verdict").startswith("lease not renewed for 1")
+
+
+def test_a_renewed_lease_keeps_it(box: Box, market: Market, watch: Watch) -> None:
+    age_before_start = 900
+    box.run.mkdir(parents=True)
+    age(box, "lease", age_before_start)
+    watch()
+    ticks(box, market)
+    assert DELETE not in market.calls
+    assert box.text("run/verdict") == ""
+
+
+def test_a_lost_lease_file_counts_from_the_first_start(box: Box, market: Market, watch: Watch) -> None:
+    box.run.mkdir(parents=True)
+    (box.run / "started").write_text(str(int(time.time()) - 1100))
+    watch()
+    eventually(lambda: box.text("run/armed"))
+    assert DELETE not in market.calls
+    (box.run / "lease").unlink()
+    eventually(lambda: DELETE in market.calls)
+
+
+def test_idleness_counts_only_from_readiness(box: Box, market: Market, watch: Watch) -> None:
+    box.run.mkdir(parents=True)
+    age(box, "activity", 5000)
+    watch()
+    ticks(box, market)
+    age(box, "ready", 900)
+    ticks(box, market)
+    assert DELETE not in market.calls
+    age(box, "ready", 1100)
+    eventually(lambda: DELETE in market.calls)
+    assert box.text("run/verdict").startswith("idle for 1")
+
+
+def test_activity_keeps_a_ready_box(box: Box, market: Market, watch: Watch) -> None:
+    box.run.mkdir(parents=True)
+    age(box, "activity", 10)
+    age(box, "ready", 5000)
+    watch()
+    ticks(box, market)
+    assert DELETE not in market.calls
+
+
+def test_the_hard_cap_counts_from_the_first_start(box: Box, market: Market, watch: Watch) -> None:
+    box.run.mkdir(parents=True)
+    (box.run / "started").write_text(str(int(time.time()) - 7300))
+    watch(SELFHOST_MAX_S="7200", SELFHOST_DPH="0")
+    eventually(lambda: DELETE in market.calls)
+    assert box.text("run/verdict").startswith("time cap: 73")
+
+
+@pytest.mark.parametrize(
+    ("hours", "traffic", "dead"),
+    [
+        (2.4, {"eth0": (0.0, 0.0)}, False),
+        (2.6, {"eth0": (0.0, 0.0)}, True),
+        (1.0, {"eth0": (50.0, 0.0)}, False),
+        (1.0, {"eth0": (50.0, 6.0)}, True),
+        (1.0, {"eth0": (30.0, 0.0), "eth1": (31.0, 0.0)}, True),
+        (1.0, {"lo": (900.0, 900.0)}, False),
+    ],
+)
+def test_the_money_cap_counts_time_and_bytes_of_every_real_interface(
+    hours: float, traffic: dict[str, tuple[float, float]], dead: bool, box: Box, market: Market, watch: Watch
+) -> None:
+    box.run.mkdir(parents=True)
+    (box.run / "started").write_text(str(int(time.time() - hours * 3600)))
+    watch(SELFHOST_MAX_DOLLARS="1.0")
+    eventually(lambda: box.text("run/armed"))
+    (box.root / "net_dev").write_text(net_dev(**traffic))
+    if dead:
+        eventually(lambda: DELETE in market.calls)
+        assert box.text("run/verdict").startswith("money cap: $1.0")
+    else:
+        ticks(box, market)
+        assert DELETE not in market.calls
+
+
+def test_an_unreadable_traffic_table_does_not_disarm_the_other_caps(box: Box, market: Market, watch: Watch) -> None:
+    watch(SELFHOST_NET_DEV="/nowhere")
+    eventually(lambda: box.text("run/armed"))
+    age(box, "lease", 1100)
+    eventually(lambda: DELETE in market.calls)
+
+
+def test_without_limits_the_defaults_hold(box: Box, market: Market, watch: Watch) -> None:
+    watch(**dict.fromkeys(LIMITS, ""))
+    eventually(lambda: box.text("run/armed"))
+    age(box, "lease", 2600)
+    ticks(box, market)
+    assert DELETE not in market.calls
+    age(box, "lease", 2800)
+    eventually(lambda: DELETE in market.calls)
+
+
+def test_limits_can_be_moved_later_and_nonsense_in_them_is_ignored(box: Box, market: Market, watch: Watch) -> None:
+    box.run.mkdir(parents=True)
+    (box.run / "limits").write_text(
+        "SELFHOST_LEASE_S=9000\nSELFHOST_MAX_S=; touch pwned\nSELFHOST_MAX_S=$(touch pwned)\nPATH=1\n"
+        "SELFHOST_IDLE_S=-1\n SELFHOST_MAX_DOLLARS=0\nCONTAINER_ID=1\nSELFHOST_IDLE_S=\n"
+    )
+    age(box, "lease", 5000)
+    watch()
+    ticks(box, market)
+    assert DELETE not in market.calls
+    assert not list(box.path.rglob("pwned"))
+    (box.run / "limits").unlink()
+    eventually(lambda: DELETE in market.calls)
+
+
+@pytest.mark.parametrize(("status", "said"), [(403, "refused 403"), (404, "refused 404")])
+def test_a_definite_refusal_to_arm_is_recorded_and_final(
+    status: int, said: str, box: Box, market: Market, watch: Watch
+) -> None:
+    market.status = lambda method, body: status
+    watch()
+    assert eventually(lambda: box.text("run/armed")) == said
+    age(box, "lease", 1100)
+    eventually(lambda: DELETE in market.calls)
+    assert market.count("PUT", '{"state":"running"}') == 1
+
+
+@pytest.mark.parametrize("status", [429, 408, 500, 502, 302])
+def test_arming_is_tried_again_until_the_market_makes_up_its_mind(
+    status: int, box: Box, market: Market, watch: Watch
+) -> None:
+    answers = iter([status, status, 200])
+    market.status = lambda method, body: next(answers)
+    watch()
+    assert eventually(lambda: box.text("run/armed")) == "ok"
+    assert market.count("PUT", '{"state":"running"}') == 3
+
+
+def test_a_box_without_curl_says_that_it_cannot_be_armed(box: Box, watch: Watch) -> None:
+    (box.tools / "curl").unlink()
+    watch()
+    assert eventually(lambda: box.text("run/armed")) == "refused no curl"
+
+
+def test_when_destroying_keeps_failing_it_stops_the_box_and_at_last_the_engine(
+    box: Box, market: Market, watch: Watch
+) -> None:
+    market.status = lambda method, body: 500 if method == "DELETE" else 200
+    watch()
+    (box.dir / "bin/stop.sh").write_text('echo "$*" >>../stopped\n')
+    age(box, "lease", 1100)
+    eventually(lambda: market.count("PUT", '{"state":"stopped"}') >= 2)
+    first_stop = market.calls.index(("PUT", "/api/v0/instances/4711/", '{"state":"stopped"}'))
+    assert sum(1 for call in market.calls[:first_stop] if call == DELETE) == 5
+    assert eventually(lambda: box.text("stopped")) == "engine"
+    assert market.count("DELETE", "{}") >= 10
+    eventually(lambda: market.count("DELETE", "{}") >= 12)
+    assert box.text("stopped") == "engine"
+
+
+def test_the_verdict_stands_even_when_the_lease_is_renewed(box: Box, market: Market, watch: Watch) -> None:
+    market.status = lambda method, body: 503 if method == "DELETE" else 200
+    watch()
+    age(box, "lease", 1100)
+    eventually(lambda: DELETE in market.calls)
+    (box.run / "lease").touch()
+    seen = market.count("DELETE", "{}")
+    eventually(lambda: market.count("DELETE", "{}") > seen + 1)
+
+
+def test_it_ignores_hangups_and_polite_requests_to_end(box: Box, market: Market, watch: Watch) -> None:
+    watch()
+    eventually(lambda: box.text("run/armed"))
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        os.kill(int(box.text("run/watchdog.pid")), number)
+    age(box, "lease", 1100)
+    eventually(lambda: DELETE in market.calls)
+
+
+def test_the_key_is_never_an_argument(box: Box, market: Market, watch: Watch) -> None:
+    watch()
+    age(box, "lease", 1100)
+    eventually(lambda: DELETE in market.calls)
+    ours = [line for line in market.seen_in_ps if "/instances/4711/" in line]
+    assert len(ours) >= 2
+    assert not any("box-key" in line for line in ours)
+
+
+def test_no_proxy_of_the_image_and_no_curlrc_stands_between_box_and_market(
+    box: Box, market: Market, watch: Watch
+) -> None:
+    (box.home / ".curlrc").write_text("proxy = http://127.0.0.1:9\nfail\n")
+    watch(SELFHOST_X="x'\nhttp_proxy='http://127.0.0.1:9'\nALL_PROXY='http://127.0.0.1:9")
+    assert eventually(lambda: box.text("run/armed")) == "ok"
+
+
+def test_nothing_reads_the_first_process() -> None:
+    for name in ("onstart.sh", "watchdog.sh", "install.sh", "start.sh", "stop.sh"):
+        assert b"/proc/1" not in payload.strip(payload.script(name))

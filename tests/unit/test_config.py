@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from selfhost_cli import config
+from selfhost_cli.config import Source
+from selfhost_cli.errors import UsageError
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "config" / "default").mkdir(parents=True)
+    return {"SELFHOST_HOME": str(tmp_path)}
+
+
+def write(env: dict[str, str], text: str) -> Path:
+    path = config.paths("default", env).config_file
+    path.write_text(text)
+    return path
+
+
+def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(env: dict[str, str]) -> None:
+    write(env, 'hours = 1\nregion = "US"\nport = 9000\n')
+    settings = config.load("default", env=env | {"SELFHOST_HOURS": "2", "SELFHOST_REGION": "CA"}, flags={"hours": 3.0})
+    assert (settings.hours, settings.region, settings.port, settings.gpu) == (3.0, "CA", 9000, "RTX 4090")
+    found = [settings.sources[name] for name in ("hours", "region", "port", "gpu")]
+    assert found == [Source.FLAG, Source.ENVIRONMENT, Source.FILE, Source.DEFAULT]
+
+
+def test_flags_that_were_not_given_count_for_nothing(env: dict[str, str]) -> None:
+    assert config.load("default", env=env, flags={"hours": None}).hours == 8.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hour = 1", "'hours'"),
+        ('hours = "soon"', "hours"),
+        ("hours = -1", "zero or more"),
+        ("port = 80.5", "whole number"),
+        ("gpu = 4090", "expected text"),
+        ("unguarded = 'perhaps'", "true or false"),
+        ("hours = [", "config.toml"),
+    ],
+)
+def test_what_makes_no_sense_is_named(env: dict[str, str], text: str, message: str) -> None:
+    write(env, text)
+    with pytest.raises(UsageError, match=message):
+        config.load("default", env=env)
+
+
+def test_a_key_is_never_in_an_error_or_in_the_repr(env: dict[str, str]) -> None:
+    write(env, "api_key = 12345678")
+    with pytest.raises(UsageError) as caught:
+        config.load("default", env=env)
+    assert "12345678" not in caught.value.message
+    assert "hunter2" not in repr(config.load("default", env={"VAST_API_KEY": "hunter2"}))
+
+
+def test_vasts_own_variable_serves_as_the_key(env: dict[str, str]) -> None:
+    assert config.load("default", env=env | {"VAST_API_KEY": "a"}, flags={}).api_key == "a"
+    assert config.load("default", env=env | {"VAST_API_KEY": "a", "SELFHOST_API_KEY": "b"}).api_key == "b"
+
+
+def test_profiles_share_nothing_but_the_cache(env: dict[str, str]) -> None:
+    one, two = config.paths("default", env), config.paths("demo", env)
+    assert one.state != two.state
+    assert one.config != two.config
+    assert one.cache == two.cache
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "a b"])
+def test_a_profile_name_cannot_leave_its_directory(env: dict[str, str], name: str) -> None:
+    with pytest.raises(UsageError, match="profile"):
+        config.paths(name, env)
+
+
+def test_the_installation_id_is_made_once_even_by_many(env: dict[str, str]) -> None:
+    where = config.paths("default", env)
+    where.make()
+    with ThreadPoolExecutor(8) as pool:
+        made = set(pool.map(lambda _: config.installation_id(where), range(32)))
+    assert len(made) == 1
+    path = where.config / "installation"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert sorted(entry.name for entry in where.config.iterdir()) == ["installation"]
+
+
+def test_a_damaged_installation_id_is_not_replaced(env: dict[str, str]) -> None:
+    where = config.paths("default", env)
+    (where.config / "installation").write_text("")
+    with pytest.raises(UsageError, match="installation id"):
+        config.installation_id(where)
+
+
+def test_only_a_market_on_this_machine_is_a_sandbox(env: dict[str, str]) -> None:
+    assert not config.load("default", env=env).sandbox
+    assert config.load("default", env=env, flags={"market_url": "http://127.0.0.1:4711"}).sandbox

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import sqlite3
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from selfhost_cli.errors import Superseded
+from selfhost_cli.ledger import Ledger, LedgerBroken, Usage
+from selfhost_cli.model import Endpoint, Rental, State
+from tests.fakes.rental import make_rental
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.sqlite3")
+
+
+def test_what_is_written_is_read_back_by_another_process_object(ledger: Ledger) -> None:
+    rental = make_rental()
+    ledger.intend(rental)
+    moved = ledger.advance(rental, State.BOOTING, instance_id=7, endpoint=Endpoint("192.0.2.1", 22))
+    assert Ledger(ledger.path).live() == [moved]
+    assert isinstance(moved, Rental)
+
+
+def test_the_file_is_the_owners_alone(ledger: Ledger) -> None:
+    assert stat.S_IMODE(ledger.path.stat().st_mode) == 0o600
+
+
+def test_a_second_intent_is_refused_while_one_is_unfinished(ledger: Ledger) -> None:
+    ledger.intend(make_rental("one"))
+    with pytest.raises(Superseded, match="one"):
+        ledger.intend(make_rental("two"))
+    ledger.end("one", "down")
+    with pytest.raises(Superseded):
+        ledger.intend(make_rental("two"))
+    ledger.ended("one", 1.0)
+    ledger.intend(make_rental("two"))
+
+
+def test_who_moves_on_after_down_is_stopped(ledger: Ledger) -> None:
+    rental = make_rental()
+    ledger.intend(rental)
+    ledger.end(rental.label, "down")
+    with pytest.raises(Superseded, match="ending"):
+        ledger.advance(rental, State.BOOTING, instance_id=7)
+    with pytest.raises(Superseded):
+        ledger.note(rental, sent_at=1.0)
+    assert ledger.live()[0].state is State.ENDING
+
+
+def test_of_two_writers_the_second_is_stopped(ledger: Ledger) -> None:
+    rental = make_rental()
+    ledger.intend(rental)
+    ledger.advance(rental, State.BOOTING, instance_id=7)
+    with pytest.raises(Superseded):
+        Ledger(ledger.path).advance(rental, State.BOOTING, instance_id=8)
+    assert ledger.live()[0].instance_id == 7
+
+
+def test_the_first_reason_for_an_end_stays(ledger: Ledger) -> None:
+    ledger.intend(make_rental("one"))
+    ledger.end("one", "idle")
+    assert ledger.end("one", "down").reason == "idle"
+
+
+def test_events_tell_the_story_in_order(ledger: Ledger) -> None:
+    rental = make_rental("one")
+    ledger.intend(rental)
+    ledger.advance(rental, State.BOOTING)
+    ledger.end("one", "down")
+    ledger.ended("one", 5.0)
+    assert [text for _, _, text in ledger.events("one")] == ["creating", "booting", "ending down", "ended down"]
+
+
+def test_usage_adds_up(ledger: Ledger) -> None:
+    ledger.add_usage("one", "main", Usage(1, 100, 60, 10))
+    ledger.add_usage("one", "auxiliary", Usage(1, 50, 0, 5))
+    ledger.add_usage("two", "main", Usage(1, 1, 1, 1))
+    assert ledger.usage("one") == Usage(2, 150, 60, 15)
+
+
+def test_a_broken_file_refuses_with_a_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite3"
+    path.write_bytes(b"this is no database, but long enough to be looked at" * 30)
+    with pytest.raises(LedgerBroken, match=str(path)) as caught:
+        Ledger(path).check()
+    assert "selfhost down" in caught.value.remedy
+    assert path.exists()
+
+
+def test_a_schema_of_the_future_is_refused(ledger: Ledger) -> None:
+    with sqlite3.connect(ledger.path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(LedgerBroken, match="another version"):
+        Ledger(ledger.path)
+
+
+def test_a_killed_writer_leaves_no_lock_and_no_half_row(ledger: Ledger) -> None:
+    ledger.intend(make_rental("one"))
+    script = (
+        "import os, signal, sys; from pathlib import Path; from selfhost_cli.ledger import Ledger\n"
+        "led = Ledger(Path(sys.argv[1]))\n"
+        "with led._transaction() as db:\n"
+        "    db.execute(\"UPDATE rentals SET state = 'ready'\")\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(ledger.path)], check=False)
+    assert done.returncode == -9
+    assert ledger.end("one", "down").state is State.ENDING
+
+
+def test_fields_of_a_newer_record_are_ignored(ledger: Ledger) -> None:
+    ledger.intend(make_rental("one"))
+    with sqlite3.connect(ledger.path) as db:
+        db.execute("UPDATE rentals SET record = json_set(record, '$.colour', 'blue')")
+    db.close()
+    assert ledger.live() == [replace(make_rental("one"))]

@@ -1,0 +1,415 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from selfhost_cli import config, lifecycle
+from selfhost_cli.attach import Front
+from selfhost_cli.errors import (
+    MayBeBilling,
+    NoCredit,
+    NothingToRent,
+    NotSetUp,
+    SelfhostError,
+    Superseded,
+    UsageError,
+)
+from selfhost_cli.ledger import Ledger, LedgerBroken
+from selfhost_cli.lifecycle import Plan, World
+from selfhost_cli.lock import ProcessLock
+from selfhost_cli.model import BoxState, Event, Instance, State
+from selfhost_cli.remote.ssh import make_key
+from tests.fakes.box import FakeBox, FakeKeeper, serving
+from tests.fakes.clock import FakeClock
+from tests.fakes.market import FakeMarket, make_offer
+from tests.fakes.rental import make_rental
+
+MODEL, CONTEXT = "qwen2.5-coder-0.5b", 32_768
+
+
+@dataclass
+class Stage:
+    """A world to act in, and the fakes behind it."""
+
+    world: World
+    market: FakeMarket
+    box: FakeBox
+    keeper: FakeKeeper
+    clock: FakeClock
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.world.ledger
+
+    @property
+    def billed(self) -> int:
+        return len(self.market.boxes)
+
+    def up(self) -> object:
+        return lifecycle.up(self.world, lambda plan: True)
+
+    def down(self) -> lifecycle.Ended:
+        return lifecycle.down(self.world)
+
+
+@pytest.fixture(scope="module")
+def front() -> Iterator[Front]:
+    with serving(MODEL, CONTEXT) as front:
+        yield front
+
+
+@pytest.fixture
+def stage(tmp_path: Path, front: Front) -> Iterator[Stage]:
+    flags = {
+        "market_url": "http://127.0.0.1:9", "api_key": "account-key-0123456789", "engine": "llamacpp", "model": MODEL, "context": CONTEXT,
+        "model_url": "http://127.0.0.1:9/model.gguf", "model_bytes": 491_400_064, "disk": 30.0, "listing_lag": 60.0,
+    }  # fmt: skip
+    settings = config.load("default", flags=flags, env={"SELFHOST_HOME": str(tmp_path)})
+    settings.paths.make()
+    clock = FakeClock()
+    market, box, ledger = FakeMarket(clock), FakeBox(), Ledger(settings.paths.ledger)
+    keeper = FakeKeeper(ledger, front)
+    events: list[Event] = []
+    world = World(
+        settings=settings, provider=market, ledger=ledger, report=events.append, clock=clock, keeper=keeper,
+        connect=box.connect, make_key=make_key, find_claude=lambda: Path("/bin/claude"),
+    )  # fmt: skip
+    yield Stage(world, market, box, keeper, clock, events)
+    ledger.close()
+
+
+def test_up_rents_the_cheapest_and_gets_it_ready(stage: Stage) -> None:
+    rental = lifecycle.up(stage.world, lambda plan: True)
+    assert rental.state is State.READY
+    assert rental.machine_id == 1
+    assert stage.billed == 1
+    assert stage.ledger.live() == [rental]
+    told = [text for _, kind, text in stage.ledger.events(rental.label) if kind == "state"]
+    assert told == ["creating", "booting", "installing", "ready"]
+
+
+def test_the_intent_is_written_and_watched_before_the_paid_call(stage: Stage) -> None:
+    seen: list[tuple[State, set[str]]] = []
+
+    def before(verb: str) -> None:
+        if verb == "create":
+            seen.append((stage.ledger.live()[0].state, stage.keeper.watched()))
+
+    stage.market.before = before
+    rental = lifecycle.up(stage.world, lambda plan: True)
+    assert seen == [(State.CREATING, {rental.label})]
+    assert rental.label.startswith(f"selfhost-{config.installation_id(stage.world.settings.paths)}-")
+    assert rental.label in stage.market.specs
+
+
+def test_a_keeper_that_does_not_watch_stops_the_paid_call(stage: Stage) -> None:
+    stage.keeper.blind = True
+    with pytest.raises(SelfhostError, match="keeper"):
+        stage.up()
+    assert stage.market.creates == 0
+    assert stage.ledger.live() == []
+
+
+def test_no_secret_of_ours_is_in_what_the_host_can_see(stage: Stage) -> None:
+    rental = lifecycle.up(stage.world, lambda plan: True)
+    spec = stage.market.specs[rental.label]
+    private = stage.world.settings.paths.login_key.read_text()
+    visible = spec.onstart + repr(spec.env)
+    for secret in (rental.box_token, stage.world.settings.api_key, private, stage.keeper.front.token):
+        assert secret not in visible
+    assert len(spec.onstart.encode()) < 4000
+    assert all(len(f"{name}={value}".encode()) <= 256 for name, value in spec.env.items())
+
+
+def test_up_again_reuses_the_ready_box(stage: Stage) -> None:
+    first = stage.up()
+    assert stage.up() == first
+    assert stage.market.creates == 1
+
+
+def test_saying_no_rents_nothing(stage: Stage) -> None:
+    shown: list[Plan] = []
+
+    def confirm(plan: Plan) -> bool:
+        shown.append(plan)
+        return False
+
+    with pytest.raises(SelfhostError, match="nothing was rented"):
+        lifecycle.up(stage.world, confirm)
+    assert stage.market.creates == 0
+    assert shown[0].best.offer.machine_id == 1
+    assert stage.ledger.all() == []
+
+
+def test_an_offer_that_is_gone_leads_to_the_next(stage: Stage) -> None:
+    stage.market.gone = 2
+    assert lifecycle.up(stage.world, lambda plan: True).machine_id == 3
+    assert stage.billed == 1
+    assert [rental.state for rental in stage.ledger.all()] == [State.ENDED, State.ENDED, State.READY]
+
+
+def test_a_lost_answer_that_took_effect_is_adopted_and_never_paid_twice(stage: Stage) -> None:
+    stage.market.lost_with_effect, stage.market.listing_lag = 1, 40.0
+    rental = lifecycle.up(stage.world, lambda plan: True)
+    assert rental.state is State.READY
+    assert stage.market.creates == 1
+
+
+def test_a_lost_answer_without_effect_is_waited_out_longer_than_the_listing_lags(stage: Stage) -> None:
+    stage.market.lost_without_effect = 1
+    before = stage.clock.time()
+    with pytest.raises(SelfhostError, match="did not rent"):
+        stage.up()
+    assert stage.clock.time() - before >= 60
+    assert stage.ledger.live() == []
+
+
+@pytest.mark.parametrize("verb", ["get", "connect", "run", "put", "attach_key"])
+def test_an_interrupt_anywhere_destroys_what_this_up_made(stage: Stage, verb: str) -> None:
+    armed = True
+
+    def before(asked: str) -> None:
+        nonlocal armed
+        if asked == verb and armed:
+            armed = False
+            raise KeyboardInterrupt
+
+    stage.market.before = stage.box.before = before
+    with pytest.raises(KeyboardInterrupt):
+        stage.up()
+    assert not armed
+    assert stage.billed == 0
+    assert stage.ledger.live() == []
+
+
+def test_a_second_interrupt_during_the_cleanup_is_the_headline(stage: Stage) -> None:
+    def before(verb: str) -> None:
+        if verb in ("connect", "destroy"):
+            raise KeyboardInterrupt
+
+    stage.market.before = stage.box.before = before
+    with pytest.raises(MayBeBilling, match=r"box 5001 .*\$0.32/h.* MAY STILL BE BILLING") as caught:
+        stage.up()
+    assert "selfhost down" in caught.value.remedy
+    assert stage.ledger.live()[0].state is State.ENDING
+
+
+def test_an_interrupt_keeps_a_box_that_was_ready_before(stage: Stage) -> None:
+    stage.up()
+
+    def before(verb: str) -> None:
+        if verb == "instances":
+            raise KeyboardInterrupt
+
+    stage.market.before = before
+    with pytest.raises(KeyboardInterrupt):
+        stage.up()
+    assert stage.billed == 1
+    assert stage.ledger.live()[0].state is State.READY
+
+
+def test_a_box_that_cannot_arm_is_destroyed_with_that_reason(stage: Stage) -> None:
+    stage.box.armed = "refused 401"
+    with pytest.raises(SelfhostError, match="refused 401"):
+        stage.up()
+    assert stage.billed == 0
+    assert "refused 401" in stage.ledger.all()[0].reason
+
+
+def test_unguarded_keeps_a_box_that_cannot_arm(stage: Stage) -> None:
+    stage.box.armed = "refused 401"
+    world = replace(stage.world, settings=replace(stage.world.settings, unguarded=True))
+    assert lifecycle.up(world, lambda plan: True).state is State.READY
+
+
+def test_a_failed_install_destroys_the_box_and_says_why(stage: Stage) -> None:
+    stage.box.install_code = 1
+    with pytest.raises(SelfhostError, match="the disk is full"):
+        stage.up()
+    assert stage.billed == 0
+
+
+def test_a_host_that_cannot_start_the_box_is_left_at_once(stage: Stage) -> None:
+    stage.market.state = BoxState.FAILED
+    before = stage.clock.time()
+    with pytest.raises(SelfhostError, match="will not start"):
+        stage.up()
+    assert stage.billed == 0
+    assert stage.clock.time() - before < 60
+
+
+def test_a_box_that_never_lets_us_in_is_destroyed_at_the_deadline(stage: Stage) -> None:
+    stage.box.refusals = 10_000
+    with pytest.raises(SelfhostError, match=r"not within 900 s.*refused"):
+        stage.up()
+    assert stage.billed == 0
+
+
+def test_up_resumes_the_box_of_an_up_that_was_killed(stage: Stage) -> None:
+    offer = make_offer(1)
+    rental = make_rental(f"{stage.world.prefix}a", sent_at=stage.clock.time())
+    stage.ledger.intend(rental)
+    spec = lifecycle.BoxSpec(rental.label, "image", 30.0, "", {})
+    stage.ledger.advance(rental, State.BOOTING, instance_id=stage.market.create(offer, spec))
+    resumed = lifecycle.up(stage.world, lambda plan: pytest.fail("nothing new may be rented"))
+    assert (resumed.label, resumed.state) == (rental.label, State.READY)
+    assert stage.market.creates == 1
+
+
+def test_only_one_up_at_a_time(stage: Stage) -> None:
+    with ProcessLock(stage.world.settings.paths.up_lock) as lock:
+        assert lock.acquire()
+        with pytest.raises(UsageError, match=str(os.getpid())):
+            stage.up()
+
+
+def test_a_ledger_that_was_lost_refuses_to_rent_a_second_box(stage: Stage) -> None:
+    stage.up()
+    stage.ledger.close()
+    stage.world.settings.paths.ledger.unlink()
+    world = replace(stage.world, ledger=Ledger(stage.world.settings.paths.ledger))
+    with pytest.raises(MayBeBilling, match="does not know it"):
+        lifecycle.up(world, lambda plan: True)
+    ended = lifecycle.down(world)
+    assert [box.id for box in ended.unknown] == [5001]
+    assert stage.billed == 0
+
+
+def test_a_broken_ledger_refuses_to_rent(stage: Stage) -> None:
+    stage.ledger.close()
+    with pytest.raises(LedgerBroken):
+        stage.up()
+    assert stage.market.creates == 0
+
+
+def test_down_ends_proves_and_bills(stage: Stage) -> None:
+    stage.up()
+    stage.clock.now += 3600
+    stage.market.listing_lag = 45.0
+    ended = stage.down()
+    assert stage.billed == 0
+    assert stage.ledger.live() == []
+    assert ended.invoices[0].gpu_dollars == pytest.approx(0.31, abs=0.02)
+
+
+def test_down_twice_is_nothing_to_do(stage: Stage) -> None:
+    stage.up()
+    stage.down()
+    assert stage.down() == lifecycle.Ended((), (), ())
+
+
+def test_down_waits_for_a_box_that_is_not_listed_yet(stage: Stage) -> None:
+    stage.market.listing_lag = 40.0
+    rental = make_rental(f"{stage.world.prefix}a", sent_at=stage.clock.time())
+    stage.ledger.intend(rental)
+    stage.market.create(make_offer(1), lifecycle.BoxSpec(rental.label, "image", 30.0, "", {}))
+    stage.down()
+    assert stage.billed == 0
+    assert stage.ledger.get(rental.label).state is State.ENDED  # type: ignore[union-attr]
+
+
+def test_a_destroy_that_did_nothing_is_asked_for_again(stage: Stage) -> None:
+    stage.up()
+    stage.market.undead = 1
+    stage.down()
+    assert stage.billed == 0
+
+
+def test_down_says_that_it_may_still_be_billing_when_the_market_is_away(stage: Stage) -> None:
+    stage.up()
+    stage.market.unreachable = 10_000
+    with pytest.raises(MayBeBilling, match="box 5001"):
+        stage.down()
+    assert stage.ledger.live()[0].state is State.ENDING
+    stage.market.unreachable = 0
+    stage.down()
+    assert stage.billed == 0
+
+
+def test_down_touches_neither_strangers_nor_other_installations_unless_told(stage: Stage) -> None:
+    for number, label in ((1, "my-training-run"), (2, "selfhost-0000000000-x"), (3, "")):
+        stage.market.boxes[number] = Instance(
+            number, label, BoxState.RUNNING, "running", "", number, "RTX 4090", 0.3, None, None, None
+        )
+    ended = stage.down()
+    assert [box.id for box in ended.foreign] == [2]
+    assert sorted(stage.market.boxes) == [1, 2, 3]
+    lifecycle.down(stage.world, everything=True)
+    assert sorted(stage.market.boxes) == [1, 3]
+
+
+def test_down_wins_over_an_up_in_the_middle(stage: Stage) -> None:
+    def before(verb: str) -> None:
+        if verb == "put":
+            for rental in stage.ledger.live():
+                stage.ledger.end(rental.label, "down")
+
+    stage.box.before = before
+    with pytest.raises(Superseded):
+        stage.up()
+    assert stage.ledger.live()[0].state is State.ENDING
+    stage.box.before = lambda verb: None
+    stage.down()
+    assert stage.billed == 0
+
+
+def test_up_notices_that_the_ready_box_has_ended_by_itself(stage: Stage) -> None:
+    stage.up()
+    stage.market.boxes.clear()
+    rental = lifecycle.up(stage.world, lambda plan: True)
+    assert rental.instance_id == 5002
+    assert stage.ledger.all()[0].reason == "the box ended by itself"
+
+
+def test_settle_records_an_end_only_when_the_list_proves_it(stage: Stage) -> None:
+    rental = lifecycle.up(stage.world, lambda plan: True)
+    assert not lifecycle.settle(stage.world, rental)
+    stage.market.boxes.clear()
+    assert lifecycle.settle(stage.world, rental)
+    assert stage.ledger.live() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"engine": "ollama"}, NotSetUp, "ollama"),
+        ({"engine": "magic"}, UsageError, "magic"),
+        ({"market_url": "https://console.vast.ai"}, UsageError, "CPU"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_money_is_spent(
+    stage: Stage, change: dict[str, str], error: type[SelfhostError], match: str
+) -> None:
+    world = replace(stage.world, settings=replace(stage.world.settings, **change))  # type: ignore[arg-type]
+    with pytest.raises(error, match=match):
+        lifecycle.up(world, lambda plan: True)
+    assert stage.market.creates == 0
+
+
+def test_an_empty_account_rents_nothing(stage: Stage) -> None:
+    stage.market.credit = 0.01
+    with pytest.raises(NoCredit, match=r"\$0.01"):
+        stage.up()
+    assert stage.market.creates == 0
+
+
+def test_an_empty_market_says_what_it_refused(stage: Stage) -> None:
+    stage.market.stock = [make_offer(1, verified=False), make_offer(2, verified=False)]
+    with pytest.raises(NothingToRent, match="2 × not verified"):
+        stage.up()
+
+
+def test_a_missing_claude_is_found_before_money_is_spent(stage: Stage) -> None:
+    def missing() -> Path:
+        raise NotSetUp("no claude")
+
+    world = replace(stage.world, find_claude=missing)
+    with pytest.raises(NotSetUp, match="no claude"):
+        lifecycle.up(world, lambda plan: True)
+    assert stage.market.creates == 0
+    assert lifecycle.up(world, lambda plan: True, needs_claude=False).state is State.READY
