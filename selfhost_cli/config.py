@@ -108,6 +108,7 @@ class Settings:
     max_spend: float = _setting(5.0, "the box ends by itself after this many dollars")
     idle: float = _setting(45.0, "the box ends by itself after this many minutes without a request")
     lease: float = _setting(45.0, "the box ends by itself after this many minutes without our keeper")
+    orphan: float = _setting(2.0, "minutes until the keeper ends an unready box whose `up` is gone")
     unguarded: bool = _setting(False, "keep a box whose watchdog could not arm itself")
     boot_timeout: float = _setting(15.0, "minutes until a box must accept ssh")
     install_timeout: float = _setting(45.0, "minutes until the engine and its model must be up")

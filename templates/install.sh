@@ -34,6 +34,7 @@ main() {
   exec 3>&1 4>&2 >>log/install.log 2>&1 </dev/null
   # Nothing outside this directory may change: no temporary files, and no bytecode beside the system's own modules.
   export TMPDIR="$HOME/.selfhost/tmp" PYTHONDONTWRITEBYTECODE=1
+  unset PYTHONPATH PYTHONHOME PYTHONPYCACHEPREFIX
   # When the laptop goes away in the middle, what was begun is finished: the watchdog is there for the money.
   trap '' PIPE
   trap 'exit 130' INT TERM HUP
@@ -274,8 +275,8 @@ download() {
     [ -n "$3" ] && [ "$have" -gt "$3" ] && : >"$2" && have=0
     [ -z "$3" ] || enough_disk $(($3 - have)) "$4"
     say progress "$have" "$3" "$4"
-    curl -qfsSL --proto '=http,https' --noproxy 127.0.0.1,localhost -C - --connect-timeout 20 --speed-limit 1024 \
-      --speed-time "${SELFHOST_STALL_S:-30}" -w '%{http_code}' -o "$2" "$1" 3>&- 4>&- 7>&- >tmp/status &
+    curl -qfsSL --proto '=http,https' --noproxy 127.0.0.1,localhost -C - --connect-timeout 20 \
+      -w '%{http_code}' -o "$2" "$1" 3>&- 4>&- 7>&- >tmp/status &
     job=$!
     watch_file "$2" "$3" "$4"
     wait "$job"
@@ -291,19 +292,32 @@ download() {
     esac
     tries=$((tries + 1))
     [ "$(size_of "$2")" -gt "$have" ] && tries=0
-    [ "$tries" -lt 5 ] || fail "the download of $4 makes no progress at $(mb "$have") MB: curl ended with status $code"
-    say progress "$(size_of "$2")" "$3" "$4: interrupted (curl status $code), going on"
+    [ "$tries" -lt 5 ] || fail "the download of $4 makes no progress at $(mb "$have") MB: $(curl_status "$code")"
+    say progress "$(size_of "$2")" "$3" "$4: interrupted ($(curl_status "$code")), going on"
     sleep "$tries"
   done
 }
 
+# watch_file FILE TOTAL NAME: reports its growth about once a second while $job runs, and ends a job that has stalled.
 watch_file() {
-  ticks=0
+  ticks=0 seen='' since=$(date +%s)
   while kill -0 "$job" 2>/dev/null; do
     sleep 0.2
     ticks=$((ticks + 1))
-    [ $((ticks % 5)) = 0 ] && say progress "$(size_of "$1")" "$2" "$3"
+    [ $((ticks % 5)) = 0 ] || continue
+    now=$(date +%s) size=$(size_of "$1")
+    say progress "$size" "$2" "$3"
+    [ "$size" = "$seen" ] || { seen=$size since=$now; }
+    [ $((now - since)) -lt "${SELFHOST_STALL_S:-30}" ] || kill "$job"
   done
+}
+
+curl_status() {
+  case $1 in
+    22) echo "HTTP status $(cat tmp/status)" ;;
+    143) echo "it stalled" ;;
+    *) echo "curl ended with status $1" ;;
+  esac
 }
 
 # 200 MB beside the file itself, for the venvs and the logs.
@@ -379,12 +393,16 @@ pip_install() {
   requirements=$1
   shift
   case " $SELFHOST_PIP_ARGS " in
-    *' --no-index '*) set -- -i "PATH=$PATH" "HOME=$HOME" "TMPDIR=$TMPDIR" PYTHONDONTWRITEBYTECODE=1 PIP_CONFIG_FILE=/dev/null "$@" ;;
+    *' --no-index '*)
+      # shellcheck disable=SC2046
+      unset $(env | sed -n 's/^\(PIP_[A-Z_]*\)=.*/\1/p')
+      export PIP_CONFIG_FILE=/dev/null
+      ;;
   esac
   set -f
   # shellcheck disable=SC2086
-  env "$@" install --quiet --no-input --no-cache-dir --disable-pip-version-check \
-    --progress-bar off $SELFHOST_PIP_ARGS $requirements
+  "$@" install --quiet --no-input --no-cache-dir --disable-pip-version-check --progress-bar off \
+    $SELFHOST_PIP_ARGS $requirements
 }
 
 part_inputs() {

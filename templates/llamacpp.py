@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 STRING, ARRAY = 8, 9
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -26,8 +26,6 @@ HINT = "Now reply in plain English (no code, no JSON) based on this result."
 
 def main() -> None:
     args = arguments()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(0))
     try:
         template = fenced_calls(chat_template(args.model))
         # kept in a name: the server lives as long as the object does
@@ -35,6 +33,9 @@ def main() -> None:
         wait_until_healthy(port)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"llamacpp: {args.model}: {error}")
+    # not earlier: while llama.cpp loads, a handler of Python's would have to wait for it
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
     publish(args.port_file, port)
     print(f"llamacpp: {args.alias} with {args.context} tokens on {server.listening_address}", file=sys.stderr)
     while True:
@@ -108,7 +109,7 @@ def fenced_calls(template: str) -> str:
     return changed.replace(end, f"{end}\\n{HINT}")
 
 
-def serve(args: argparse.Namespace, template: str) -> tuple[object, int]:
+def serve(args: argparse.Namespace, template: str) -> tuple[Any, int]:
     """Start the server on the first port that it can bind. Raises RuntimeError when the reason is not the port."""
     import xllamacpp
 

@@ -8,7 +8,7 @@ umask 077
 cd "$HOME/.selfhost" || exit 1
 
 # A part needs neither the market's key nor whatever Python settings the caller had.
-unset CONTAINER_API_KEY PYTHONPATH PYTHONHOME
+unset CONTAINER_API_KEY PYTHONPATH PYTHONHOME PYTHONPYCACHEPREFIX
 # Packages were compiled by pip; nothing may be written beside the system's own modules.
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 

@@ -25,8 +25,6 @@ from selfhost_cli.model import Endpoint, Event, Rental, State
 from selfhost_cli.proxy import front
 
 TICK_S = 1.0
-ORPHAN_S = 120.0
-"""How long a rental may be without its `up` before it is ready (money rule 5)."""
 STUCK_ENDING_S = 60.0
 UNREACHABLE_S = 30.0
 RETRY_S = 30.0
@@ -140,7 +138,7 @@ class _Keeper:
         up_gone = self._up.holder() is None
         for rental in self._rentals:
             unready = rental.state in (State.CREATING, State.BOOTING, State.INSTALLING)
-            if self._lasts(rental, "orphaned", unready and up_gone, ORPHAN_S):
+            if self._lasts(rental, "orphaned", unready and up_gone, self._settings.orphan * 60):
                 self._later(rental, _end, "its `selfhost up` is gone")
             elif self._lasts(rental, "ending", rental.state is State.ENDING, STUCK_ENDING_S):
                 self._later(rental, _end, rental.reason)

@@ -235,7 +235,9 @@ class Api:
             case None if "label" in body:
                 pass
             case "running":
-                self._instances.start(instance)
+                if not self._instances.start(instance):
+                    text = "Required resources are currently unavailable, state change queued."
+                    raise Refused(200, "resources_unavailable", text)
             case "stopped":
                 await self._instances.stop(instance)
             case other:

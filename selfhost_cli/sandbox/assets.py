@@ -117,9 +117,10 @@ def default_sources() -> Sources:
 
 
 def default_cache() -> Path:
-    import platformdirs
+    """The same place for scripts, demo and tests, and for every profile."""
+    from selfhost_cli import config
 
-    return platformdirs.user_cache_path("selfhost")
+    return config.paths("demo", os.environ).cache
 
 
 def ensure(cache: Path, report: Report, sources: Sources | None = None) -> Assets:
@@ -626,7 +627,7 @@ def _tail(log: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command that set-up runs: stdout is the answer (the cache directory, or packages), stderr the talk."""
     parser = argparse.ArgumentParser(prog="python -m selfhost_cli.sandbox.assets", description=main.__doc__)
-    parser.add_argument("--cache", type=Path, help="default: selfhost in the user's cache directory")
+    parser.add_argument("--cache", type=Path, help="default: the user's cache directory")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--missing", action="store_true", help="print the Debian packages to install first, one a line")
     what.add_argument(

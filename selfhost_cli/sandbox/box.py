@@ -56,6 +56,7 @@ class Container:
         self._box = box
         self._config = config
         self._clean = image.environment(box)
+        image.configure_sshd(box, config.port)
         self._onstart: int | None = None
         self._sshd: int | None = None
         self._onstart_over = False

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -25,7 +26,7 @@ from selfhost_cli import config
 from selfhost_cli.config import Paths
 from selfhost_cli.errors import SelfhostError
 from selfhost_cli.lock import ProcessLock
-from selfhost_cli.sandbox import assets, processes
+from selfhost_cli.sandbox import assets
 from selfhost_cli.sandbox.assets import Assets
 from selfhost_cli.wait import Pending, until
 
@@ -46,18 +47,33 @@ class Market:
     api_key: str
     control_token: str
     pid: int
+    process: subprocess.Popen[bytes] | None = field(default=None, compare=False, repr=False)
+    """The child, when it is ours to wait for."""
 
     def billed(self) -> int:
         """How many boxes cost (simulated) money right now."""
-        answer = httpx.get(f"{self.url}/control/billed", headers=self._headers, timeout=10, trust_env=False)
-        return int(answer.raise_for_status().json()["count"])
+        return int(self.control("billed", "GET")["count"])
+
+    def control(self, path: str, method: str = "POST", **body: Any) -> Any:
+        """Ask or switch something below /control/; see sandbox/control.py."""
+        answer = httpx.request(
+            method,
+            f"{self.url}/control/{path}",
+            json=body if method == "POST" else None,
+            headers=self._headers,
+            timeout=10,
+            trust_env=False,
+        )
+        return answer.raise_for_status().json()
 
     def shut_down(self) -> None:
         """Ask it to end, with everything that it started."""
         try:
-            httpx.post(f"{self.url}/control/shutdown", headers=self._headers, timeout=10, trust_env=False)
+            self.control("shutdown")
         except httpx.HTTPError:
             pass  # gone already
+        if self.process:
+            self.process.wait(30)
 
     def alive(self) -> bool:
         try:
@@ -77,6 +93,7 @@ def paths() -> Paths:
 
 def prepare(where: Paths, say: Say) -> Assets:
     """Downloads, and a clean slate: what an earlier demo left is ended first."""
+    assets.prepare_system(where.cache)
     sandbox_assets = assets.ensure(where.cache, say)
     where.make()
     end_leftovers(where)
@@ -136,7 +153,7 @@ def start_market(where: Paths, *, keep: bool) -> Market:
             tail = (state / "market.log").read_text(errors="replace")[-600:]
             raise SelfhostError(f"the sandbox market ended at once:\n{tail}")
         market = find_market(where)
-        return market if market is not None and market.pid == process.pid else Pending("no answer")
+        return replace(market, process=process) if market and market.pid == process.pid else Pending("no answer")
 
     return until(look, what="the sandbox market", seconds=30, every=0.05)
 
@@ -232,4 +249,4 @@ def wait_for_end(where: Paths) -> None:
         time.sleep(0.1)
 
 
-__all__ = ["PROFILE", "Market", "Task", "make_task", "paths", "prepare", "processes", "run", "shown", "start_market"]
+__all__ = ["PROFILE", "Market", "Task", "make_task", "paths", "prepare", "run", "shown", "start_market"]

@@ -160,7 +160,7 @@ def check(boxes: Path) -> None:
 
 def environment(box: Path) -> dict[str, str]:
     """The clean environment of everything that runs in a box; nothing of the laptop's leaks in."""
-    return {
+    variables = {
         "HOME": f"{box}/root",
         "USER": "root",
         "LOGNAME": "root",
@@ -173,13 +173,17 @@ def environment(box: Path) -> dict[str, str]:
         "NSS_WRAPPER_GROUP": f"{box}/etc/group",
         "NSS_WRAPPER_SHADOW": f"{box}/etc/shadow",
         "PIP_CONFIG_FILE": "/dev/null",
-        # The machine's Python may have no compiled standard library: root would write it there.
-        "PYTHONPYCACHEPREFIX": f"{box}/var/cache/python",
         "SELFHOST_ROOT": str(box),
         "SELFHOST_NET_DEV": f"{box}/net_dev",
         "SELFHOST_SIMULATED_GPU": "1",
         processes.MARKER: str(box),
     }
+    interpreter = Path(os.readlink(box / "etc/python"))
+    if os.access(interpreter.parent.parent / "lib", os.W_OK):
+        # It may have no compiled standard library, which it would then write where it is. (Making environments
+        # takes a second longer so.)
+        variables["PYTHONPYCACHEPREFIX"] = f"{box}/var/cache/python"
+    return variables
 
 
 def build(box: Path, config: BoxConfig) -> None:
@@ -197,7 +201,7 @@ def build(box: Path, config: BoxConfig) -> None:
     write_net_dev(box, 0, 0)
     _tools(box)
     _users(box)
-    _sshd(box, config)
+    _host_keys(box)
     config.save(box)
 
 
@@ -216,6 +220,7 @@ def _tools(box: Path) -> None:
         if found:
             (box / "bin" / tool).symlink_to(found)
     # Not a link: an environment made through one would depend on the box's bin directory.
+    (box / "etc/python").symlink_to(python_path())
     _script(box / "bin/python3", f'#!/bin/sh\nexec {python_path()} "$@"\n')
     refusal = '#!/bin/sh\necho "${0##*/}: refused: a box of the sandbox does not change this machine" >&2\nexit 100\n'
     for tool in ("apt-get", "apt", "dpkg"):
@@ -250,11 +255,16 @@ def _terminal_group() -> int:
         os.close(terminal)
 
 
-def _sshd(box: Path, config: BoxConfig) -> None:
+def _host_keys(box: Path) -> None:
+    """The image's own, which onstart may replace."""
     for kind in ("ed25519", "ecdsa"):
         command = ["ssh-keygen", "-q", "-t", kind, "-N", "", "-C", "root@image"]
         key = box / f"etc/ssh/ssh_host_{kind}_key"
         subprocess.run([*command, "-f", str(key)], check=True, stdin=subprocess.DEVNULL, capture_output=True)
+
+
+def configure_sshd(box: Path, port: int) -> None:
+    """Write sshd_config; what `environment` says, as this process sees the machine, is what its sessions get."""
     write(box / "etc/ssh/banner", _BANNER)
     sessions = " ".join(f'"{name}={value}"' for name, value in environment(box).items())
-    write(box / "etc/ssh/sshd_config", _SSHD_CONFIG.format(port=config.port, box=box, environment=sessions))
+    write(box / "etc/ssh/sshd_config", _SSHD_CONFIG.format(port=port, box=box, environment=sessions))

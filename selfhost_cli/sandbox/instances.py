@@ -67,6 +67,7 @@ class Instance:
         self.message: str | None = None
         self.created = now
         self.ended: float | None = None
+        self.has_gpu = False
         self.box = boxes / f"box-{id}"
         self.meter = Meter(
             gpu_hour=offer["dph_base"],
@@ -194,6 +195,7 @@ class Instances:
         if stopped:
             instance.status, instance.intended = "stopped", "stopped"
         else:
+            instance.has_gpu = True
             self._catalogue.set_rented(offer["id"], True)
             instance.task = asyncio.create_task(self._boot(instance))
         return instance
@@ -202,7 +204,7 @@ class Instances:
         """Over at once for the listing and the bill; its processes and directory go in the background."""
         self._meter(instance, gpu=False, disk=False)
         instance.ended = self._clock()
-        if self._catalogue.get(instance.offer["id"]):
+        if instance.has_gpu:
             self._catalogue.set_rented(instance.offer["id"], False)
         ending = asyncio.create_task(self._end(instance, keep=False))
         self._endings.add(ending)
@@ -216,14 +218,20 @@ class Instances:
         if instance.ended is None and instance.intended == "stopped":
             instance.status = "stopped"
 
-    def start(self, instance: Instance) -> None:
-        """Nothing when it runs or boots already; else the container starts again, onstart included."""
+    def start(self, instance: Instance) -> bool:
+        """Nothing when it runs or boots already; else the container starts again, onstart included.
+
+        False: it has no GPU, somebody else does.
+        """
+        if not instance.has_gpu:
+            return False
         booting = instance.task is not None and not instance.task.done()
         if instance.intended == "running" and (booting or instance.status == "running"):
-            return
+            return True
         instance.intended = "running"
         instance.status = "created"
         instance.task = asyncio.create_task(self._run(instance, self._settings.stages["created"]))
+        return True
 
     async def kill(self, instance: Instance, status: str) -> None:
         """The host dies: nothing answers any more, GPU (and, while it is offline, the disk) is not billed."""

@@ -52,7 +52,8 @@ class Mirror:
     async def file(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
         path = self._folder(request) / name
-        if name in (".", "..") or not path.is_file():
+        # A name that was escaped may still be a path.
+        if "/" in name or name in (".", "..") or not path.is_file():
             raise web.HTTPNotFound(text=f"the mirror has no {name}\n")
         state = path.stat()
         etag = f'"{state.st_size:x}-{state.st_mtime_ns:x}"'

@@ -22,6 +22,8 @@ MARKER = "SELFHOST_SANDBOX_BOX"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _CLONE_NEWNS = 0x00020000
+_MS_RDONLY = 1
+_MS_REMOUNT = 1 << 5
 _MS_BIND = 1 << 12
 _MS_REC = 1 << 14
 _MS_PRIVATE = 1 << 18
@@ -205,10 +207,11 @@ def sweep(boxes: Path) -> list[Path]:
 
 
 def private_mounts(keep: Path) -> bool:
-    """As root: give this process its own /run and /var/log, so that sshd finds its directory and writes no log of ours.
+    """As root: give this process its own /run and /var/log, and make the machine's software read-only for it.
 
-    Nothing of the real machine changes; the mounts end with the process and its children. False when the kernel or a
-    container's rules do not allow it, or when `keep` lies below what would be hidden.
+    So sshd finds its directory and writes no log of the machine's, and nothing in a box can change the machine by
+    accident. The mounts end with the process and its children. False when the kernel or a container's rules do not
+    allow it, or when `keep` lies below what would be hidden.
     """
     if any(keep.resolve().is_relative_to(hidden) for hidden in (Path("/run"), Path("/var/log"))):
         return False
@@ -233,6 +236,10 @@ def private_mounts(keep: Path) -> bool:
             if os.path.isdir(f"/proc/self/fd/{run}/{resolver}"):
                 os.mkdir(f"/run/{resolver}")
                 mount(f"/proc/self/fd/{run}/{resolver}", f"/run/{resolver}", None, _MS_BIND | _MS_REC)
+        for software in ("/usr", "/etc", "/opt"):
+            if os.path.isdir(software) and not keep.resolve().is_relative_to(software):
+                mount(software, software, None, _MS_BIND | _MS_REC)
+                mount("none", software, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY)
     except OSError:
         return False
     finally:

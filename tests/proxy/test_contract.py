@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,13 +146,15 @@ bodies = st.fixed_dictionaries(
 
 @given(bodies)
 def test_any_body_is_a_canonical_request_or_a_400(body: Any) -> None:
+    data = json.dumps(body).encode()
     try:
-        request = parse(json.dumps(body).encode())
-    except ProxyError as error:
-        assert error.status == 400
+        request = parse(data)
+    except ProxyError:
+        with pytest.raises(ProxyError, match=r"messages|JSON"):
+            parse(data)
         return
     roles = [message["role"] for message in request.messages]
-    assert all(one != two for one, two in zip(roles, roles[1:], strict=False))
+    assert all(one != two for one, two in pairwise(roles))
     assert all(message["content"] for message in request.messages)
     assert isinstance(request.prefill, str)
 
@@ -172,22 +176,16 @@ def test_whatever_an_engine_says_is_told_in_the_grammar_or_is_an_error(answer: l
     except (EmptyAnswer, EngineBroke):
         return
     check_grammar(told)
-    assert (
-        texts(told).strip() == "".join(event.text for event in answer if isinstance(event, Text)).strip()
-        or ToolCall("Read") in answer
-        or any(isinstance(event, Thinking) for event in answer)
-    )
+    wanted = "".join(event.text for event in answer if isinstance(event, Text))
+    assert "".join(texts(told).split()) == "".join(wanted.split())
 
 
 def test_a_late_piece_of_a_call_that_has_ended_is_an_error() -> None:
     narrator = Narrator("tiny")
     told = [*narrator.tell(ToolCall("Read")), *narrator.tell(Text("hm"))]
     assert told[-2]["type"] == "content_block_start"
-    try:
+    with pytest.raises(EngineBroke):
         list(narrator.tell(ToolInput("{}")))
-    except EngineBroke:
-        return
-    raise AssertionError("it was accepted")
 
 
 def test_thinking_comes_as_a_block_of_its_own() -> None:
@@ -204,5 +202,5 @@ def test_events_are_read_alike_wherever_the_chunks_are_cut(cuts: list[int], end:
     stream = end.join([*lines, ""]).encode()
     edges = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
     parser = sse.Parser()
-    events = [event for a, b in zip(edges, edges[1:], strict=False) for event in parser.feed(stream[a:b])]
+    events = [event for a, b in pairwise(edges) for event in parser.feed(stream[a:b])]
     assert events == [sse.Event("one", '{"é":\n1}'), sse.Event("message", "two")]

@@ -172,6 +172,21 @@ async def test_the_fronts_token_never_reaches_the_box() -> None:
     assert all("x-api-key" not in seen[2] for seen in box.seen)
 
 
+@pytest.mark.parametrize("target", ["@evil.test/v1/models", "http://evil.test/v1/models", "*"])
+@asynchronous
+async def test_a_target_that_is_no_path_goes_nowhere(target: str) -> None:
+    box = Box()
+    async with before(box) as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(front.url.rpartition(":")[2]))
+        request = f"GET {target} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {FRONT}\r\nconnection: close\r\n\r\n"
+        writer.write(request.encode())
+        answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    assert answer.split()[1] in (b"400", b"404")
+    assert box.seen == []
+
+
 @asynchronous
 async def test_errors_of_the_box_pass_with_status_and_headers() -> None:
     async def refused(http: web.Request) -> web.Response:
@@ -198,11 +213,11 @@ async def test_a_compressed_request_arrives_readable() -> None:
 async def test_events_pass_as_they_come() -> None:
     hold = asyncio.Event()
     head, *rest = HELLO
-    async with before(Box(answer=playing(head, hold, *rest))) as front:
-        async with front.ask("/v1/messages", body=STREAM) as response:
-            assert await response.content.readline() == b"event: message_start\n"
-            hold.set()
-            assert b"message_stop" in await response.content.read()
+    box = Box(answer=playing(head, hold, *rest))
+    async with before(box) as front, front.ask("/v1/messages", body=STREAM) as response:
+        assert await response.content.readline() == b"event: message_start\n"
+        hold.set()
+        assert b"message_stop" in await response.content.read()
 
 
 @asynchronous

@@ -56,9 +56,9 @@ async def test_it_binds_beside_a_taken_port_writes_it_down_and_comes_back_to_it(
                 await eventually((tmp_path / "ready").exists, seconds=20)
                 port = int(port_file.read_text())
                 assert port != preferred
-                async with aiohttp.ClientSession(headers=AUTH) as session:
-                    async with session.get(f"http://127.0.0.1:{port}/health") as response:
-                        assert (await response.json())["version"] == "9.9"
+                url = f"http://127.0.0.1:{port}/health"
+                async with aiohttp.ClientSession(headers=AUTH) as session, session.get(url) as response:
+                    assert (await response.json())["version"] == "9.9"
                 process.send_signal(signal.SIGTERM)
                 assert await asyncio.wait_for(process.wait(), 10) == 0
         (tmp_path / "ready").unlink()

@@ -140,6 +140,8 @@ def test_a_box_is_a_whole_machine_for_its_root(clean: MarketProcess, login: Path
         assert seen["SELFHOST_SIMULATED_GPU"] == "1"
         assert seen["PATH"] == f"{rented.box}/bin"
         assert "CONTAINER_API_KEY" not in seen, "as on the real market, only PID 1 and its children have it"
+        if os.getuid() == 0 and processes.can_have_private_mounts(rented.box):
+            assert say(client, "touch /usr/x /etc/x 2>/dev/null || echo read-only") == "read-only\n"
         shell = client.invoke_shell()
         shell.settimeout(20)
         shell.send(b"tty; echo path=$PATH; exit\n")

@@ -50,8 +50,19 @@ def sent(market: MarketProcess) -> list[dict[str, Any]]:
 
 def test_the_sdk_asks_what_it_asked_when_the_contract_was_recorded(clean: MarketProcess) -> None:
     sdk = clean.sdk()
-    instance = rent(clean)
+    offer = sdk.search_offers(query={"disk_space": {"gte": 100}}, limit=1)[0]["id"]
     clean.control.delete("/requests")
+    instance = sdk.create_instance(
+        id=offer,
+        image="vastai/base-image:@vastai-automatic-tag",
+        env={"A": "1", "-p 11434:11434": "1"},
+        disk=80,
+        label="selfhost-x",
+        onstart_cmd="touch ~/.no_auto_tmux",
+        ssh=True,
+        direct=True,
+        cancel_unavail=True,
+    )["new_contract"]
     sdk.search_offers(query=QUERY, order="dph_total,score-", limit=20, storage=80)
     sdk.show_instance(id=instance)
     sdk.show_instances_v1(
@@ -73,6 +84,7 @@ def test_the_sdk_asks_what_it_asked_when_the_contract_was_recorded(clean: Market
     recorded = [
         request
         for name in (
+            "create_instance_full",
             "search_offers_dict",
             "show_instance",
             "show_instances_v1_filter",
@@ -89,7 +101,7 @@ def test_the_sdk_asks_what_it_asked_when_the_contract_was_recorded(clean: Market
     ]
     now = [{key: row[key] for key in ("method", "path", "query", "body")} for row in sent(clean)]
     for request in now:
-        request["path"] = request["path"].replace(str(instance), "52402296")
+        request["path"] = request["path"].replace(str(instance), "52402296").replace(str(offer), "41684738")
     assert now == recorded
     sdk.delete_ssh_key(id=101)
 
@@ -197,6 +209,10 @@ def test_without_cancel_unavail_a_taken_offer_leaves_a_stopped_instance_that_is_
     assert row["actual_status"] == row["cur_state"] == "stopped"
     billed = next(row for row in clean.billed()["instances"] if row["id"] == second)
     assert (billed["gpu_hour"] == 0, billed["disk_hour"] > 0) == (True, True)
+    started = clean.sdk().start_instance(id=second)
+    assert (started["success"], started["error"]) == (False, "resources_unavailable")
+    clean.sdk().destroy_instance(id=second)
+    assert offer not in [row["id"] for row in offers(clean)], "the first instance still has it"
 
 
 def test_without_credit_nothing_is_rented(clean: MarketProcess) -> None:

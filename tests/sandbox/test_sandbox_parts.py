@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 
 from selfhost_cli.errors import UsageError
 from selfhost_cli.sandbox.billing import Meter
 from selfhost_cli.sandbox.catalogue import BadQuery, Catalogue
 from selfhost_cli.sandbox.faults import Faults
+from selfhost_cli.sandbox.market import Market, Options
 
 NOW = 1_800_000_000.0
 
@@ -150,3 +154,33 @@ def test_a_fault_without_calls_stays_until_it_is_cleared() -> None:
 def test_a_fault_that_there_is_not_is_refused(kind: str, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Faults().add(kind, options)
+
+
+def test_an_hour_on_the_markets_clock_is_billed_as_an_hour(tmp_path: Path) -> None:
+    """The clock is an argument: charges and the bill of a rental that costs only its disk, to the cent."""
+    clock = [NOW]
+
+    async def rent_for_an_hour() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        market = Market(Options(state=tmp_path, api_key="k"), clock=lambda: clock[0])
+        async with TestClient(TestServer(market.app)) as client:
+            control = {"Authorization": f"Bearer {market.control_token}"}
+            account = {"Authorization": "Bearer k"}
+            stuck = {"fault": "boot_stuck", "stage": "null"}
+            assert (await client.post("/control/faults", json=stuck, headers=control)).status == 200
+            offers = await (await client.post("/api/v0/bundles/", json={"disk_space": {"gte": 100}})).json()
+            offer = offers["offers"][0]
+            body = {"image": "i", "disk": 72}
+            created = await client.put(f"/api/v0/asks/{offer['id']}/", json=body, headers=account)
+            assert created.status == 200
+            clock[0] += 3600
+            billed = await (await client.get("/control/billed", headers=control)).json()
+            charges = await (await client.get("/api/v0/charges/", headers=account)).json()
+            await market.instances.close()
+        return offer, billed, charges
+
+    offer, billed, charges = asyncio.run(rent_for_an_hour())
+    disk = offer["storage_cost"] * 72 / 720
+    assert billed["instances"][0]["total"] == pytest.approx(disk)
+    assert billed["instances"][0]["disk_hour"] == pytest.approx(disk)
+    assert charges["results"][0]["amount"] == pytest.approx(disk)
+    assert charges["results"][0]["end"] - charges["results"][0]["start"] == 3600

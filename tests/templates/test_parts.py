@@ -29,8 +29,8 @@ def parts(box: Box) -> Box:
         (box.dir / folder).mkdir()
     (box.dir / "downloads/tiny.gguf").write_bytes(b"weights")
     (box.run / "install.env").write_text(
-        "SELFHOST_PROXY_REQUIREMENTS=''\nSELFHOST_ENGINE='llamacpp'\nSELFHOST_MODEL='tiny model'\nSELFHOST_CONTEXT='8192'\nSELFHOST_TOKEN='t'\n"
-        "SELFHOST_MODEL_URL='http://127.0.0.1:9/x/tiny.gguf?download=true'\n"
+        "SELFHOST_ENGINE='llamacpp'\nSELFHOST_MODEL='tiny model'\nSELFHOST_CONTEXT='8192'\nSELFHOST_TOKEN='t'\n"
+        "SELFHOST_MODEL_URL='http://127.0.0.1:9/x/tiny.gguf?download=true'\nSELFHOST_PROXY_REQUIREMENTS=''\n"
     )
     return box
 
@@ -126,6 +126,7 @@ def test_a_part_that_does_not_listen_is_killed(parts: Box) -> None:
     (parts.dir / "bin/llamacpp.py").write_text(deaf)
     start(parts, "engine")
     eventually((parts.run / "deaf").exists)
+    parts.tool("sleep", f"#!/bin/sh\nexec {os.readlink(parts.tools / 'sleep')} 0.01\n")
     stop(parts, "engine")
     assert not parts.processes()
 

@@ -152,13 +152,49 @@ def test_a_relay_to_the_real_front_on_another_port_is_refused(paths: config.Path
     assert [name for name, _header, _body in front.seen] == ["prove"], "the relay did reach the real front"
 
 
-def test_something_that_does_not_speak_http_is_not_ours(paths: config.Paths) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = Thread(target=lambda: listener.accept()[0].close())
-        thread.start()
-        announce(paths, listener.getsockname()[1])
+class RawListener:
+    """Sends every visitor the same bytes, again and again when `endless`."""
+
+    def __init__(self, answer: bytes, *, endless: bool = False) -> None:
+        self._answer, self._endless = answer, endless
+
+    def __enter__(self) -> int:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._thread = Thread(target=self._serve)
+        self._thread.start()
+        return int(self._listener.getsockname()[1])
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        visitor = self._listener.accept()[0]
+        with visitor:
+            try:
+                visitor.recv(65_536)
+                visitor.sendall(self._answer)
+                while self._endless:
+                    visitor.sendall(self._answer)
+            except OSError:
+                pass  # the visitor has left
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1\r\n\r\n", b"HTTP/1.1 2OO OK\r\n\r\n{}", b"\xff" * 999]
+)
+def test_something_that_does_not_speak_http_is_not_ours(paths: config.Paths, answer: bytes) -> None:
+    with RawListener(answer) as port:
+        announce(paths, port)
         assert attach.find(paths) is None
-        thread.join()
+    with RawListener(answer) as port, pytest.raises(SelfhostError, match="does not answer 'state': the answer is not"):
+        attach.call(attach.Front("http://x", port, TOKEN), "state")
+
+
+def test_an_answer_without_end_is_given_up(paths: config.Paths) -> None:
+    with RawListener(b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 65_536, endless=True) as port:
+        announce(paths, port)
+        assert attach.find(paths) is None
 
 
 def test_a_listener_that_never_answers_is_given_up(paths: config.Paths) -> None:

@@ -1,0 +1,174 @@
+"""What we launch Claude Code with, against the real one: it talks to our URL only, with our token and our context.
+
+SELFHOST_TEST_CLAUDE is the path of the real `claude`. It runs with an environment and a home of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfhost_cli import claude
+
+REAL = os.environ.get("SELFHOST_TEST_CLAUDE", "")
+TOKEN = "front-token-of-this-test"
+CONTEXT = 54_321
+
+pytestmark = pytest.mark.skipif(not REAL, reason="SELFHOST_TEST_CLAUDE does not name the real claude")
+
+
+def events(text: str) -> bytes:
+    """A streamed answer of one text block."""
+    usage = {"input_tokens": 7, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 1}
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "qwen3-coder:30b", "content": []}
+    stream: list[dict[str, Any]] = [
+        {"type": "message_start", "message": message | {"stop_reason": None, "stop_sequence": None, "usage": usage}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}},
+        {"type": "content_block_stop", "index": 0},
+        {
+            "type": "message_delta",
+            "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+            "usage": {"output_tokens": 3},
+        },
+        {"type": "message_stop"},
+    ]
+    return b"".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() for event in stream)
+
+
+class Api:
+    """Answers every request with the same text and remembers method, path, headers and body."""
+
+    def __init__(self, text: str) -> None:
+        self.seen: list[tuple[str, str, dict[str, str], dict[str, Any]]] = []
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                api.seen.append((self.command, self.path, headers, json.loads(body or b"{}")))
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.end_headers()
+                self.wfile.write(events(text))
+
+            do_GET = do_HEAD = do_POST = do_CONNECT = answer
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Api:
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    home = tmp_path / "home"
+    (home / ".claude").mkdir(parents=True)
+    return home
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    with Api("Hello from the box.") as api:
+        yield api
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Api]:
+    """Where nothing may go."""
+    with Api("You went the wrong way.") as api:
+        yield api
+
+
+def run(api: Api, home: Path, *args: str, **user: str) -> subprocess.CompletedProcess[str]:
+    """Run the real claude as `selfhost claude` does, from an otherwise empty environment."""
+    launch = claude.launch(
+        Path(REAL),
+        args,
+        url=api.url,
+        token=TOKEN,
+        model="qwen3-coder:30b",
+        context=CONTEXT,
+        env={"PATH": "/usr/bin:/bin", **user},
+        home=home,
+    )
+    return subprocess.run(
+        launch.argv,
+        env=dict(launch.env),
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_answer_is_printed_and_one_request_was_sent_with_our_token(api: Api, elsewhere: Api, home: Path) -> None:
+    real = {"ANTHROPIC_API_KEY": "sk-real", "ANTHROPIC_BASE_URL": elsewhere.url, "ANTHROPIC_CUSTOM_HEADERS": "x-a: b"}
+    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), elsewhere.url)
+    done = run(api, home, "-p", "say hi", "--output-format", "json", **real, **proxies)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["result"] == "Hello from the box."
+    assert result["is_error"] is False
+    assert result["modelUsage"]["qwen3-coder:30b"]["contextWindow"] == CONTEXT
+    assert elsewhere.seen == []
+    [(method, path, headers, body)] = api.seen
+    assert (method, path.partition("?")[0]) == ("POST", "/v1/messages")
+    assert headers["authorization"] == f"Bearer {TOKEN}"
+    assert "x-api-key" not in headers
+    assert "x-a" not in headers
+    assert body["model"] == "qwen3-coder:30b"
+    assert body["max_tokens"] == CONTEXT // 8
+    assert "thinking" not in body
+    assert "safeguards" not in body
+
+
+@pytest.mark.parametrize("where", ["user", "project"])
+def test_a_settings_file_cannot_send_it_elsewhere(api: Api, elsewhere: Api, home: Path, where: str) -> None:
+    env = {
+        "ANTHROPIC_BASE_URL": elsewhere.url,
+        "ANTHROPIC_AUTH_TOKEN": "another",
+        "ANTHROPIC_API_KEY": "another",
+        "ANTHROPIC_MODEL": "another",
+        "CLAUDE_CODE_USE_BEDROCK": "1",
+    }
+    name = "settings.json" if where == "user" else "settings.local.json"
+    (home / ".claude" / name).write_text(json.dumps({"env": env}))
+    done = run(api, home, "-p", "say hi")
+    assert (done.returncode, done.stdout.strip()) == (0, "Hello from the box."), done.stderr
+    assert elsewhere.seen == []
+    assert [headers["authorization"] for _, _, headers, _ in api.seen] == [f"Bearer {TOKEN}"]
+    assert [body["model"] for _, _, _, body in api.seen] == ["qwen3-coder:30b"]
+
+
+def test_our_settings_in_front_are_accepted_by_other_subcommands(api: Api, home: Path) -> None:
+    done = run(api, home, "mcp", "list")
+    assert done.returncode == 0, done.stderr
+    assert "No MCP servers" in done.stdout
+    assert api.seen == []
+
+
+def test_it_is_the_version_that_these_facts_are_about(home: Path) -> None:
+    assert claude.seen_version(Path(REAL), home) == claude.Seen(claude.SEEN)

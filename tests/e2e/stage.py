@@ -1,0 +1,132 @@
+"""A sandbox of one's own for end-to-end tests: market, profile, and the command line as a person types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from selfhost_cli import config
+from selfhost_cli.config import Paths
+from selfhost_cli.lock import ProcessLock
+from selfhost_cli.sandbox import assets, demo
+from selfhost_cli.sandbox.demo import Market
+
+T = TypeVar("T")
+DEADLINE_S = 100.0
+
+
+def until(probe: Callable[[], T], seconds: float = 30.0) -> T:
+    """What `probe` returns once that is true-ish."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = probe()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"still {value!r} after {seconds} s"
+        time.sleep(0.05)
+
+
+@dataclass
+class Stage:
+    """One profile on one market. `ask` runs `selfhost …`; `close` asserts that nothing is billed and nothing runs."""
+
+    home: Path
+    cache: Path
+    settings: dict[str, str] = field(default_factory=dict)
+    market: Market = field(init=False)
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        (self.home / "cache").symlink_to(self.cache)
+        where = self.paths
+        where.make()
+        self.market = demo.start_market(where, keep=False)
+        self.control("settings", stages={"null": 0.05, "created": 0.05, "loading": 0.05})
+        demo.write_config(where, self.market, assets.ensure(where.cache, lambda line: None))
+
+    @property
+    def paths(self) -> Paths:
+        return config.paths(demo.PROFILE, {"SELFHOST_HOME": str(self.home)})
+
+    @property
+    def env(self) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+        return kept | {"HOME": str(self.home), "SELFHOST_HOME": str(self.home)} | self.settings
+
+    def spawn(
+        self, *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Start `selfhost --profile demo …` and go on."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "selfhost_cli", "--profile", demo.PROFILE, *words],
+            cwd=cwd or self.home,
+            env={**self.env, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def ask(self, *words: str, code: int = 0, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Answer:
+        """Run it to its end and check its exit code."""
+        process = self.spawn(*words, cwd=cwd, env=env)
+        out, err = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == code, f"selfhost {' '.join(words)}: {process.returncode}\n{out}\n{err}"
+        return Answer(out, err)
+
+    def up(self, *words: str, code: int = 0) -> Answer:
+        return self.ask("up", "--yes", "--detach", *words, code=code)
+
+    def control(self, path: str, method: str = "POST", **body: Any) -> Any:
+        return self.market.control(path, method, **body)
+
+    @property
+    def billed(self) -> int:
+        return self.market.billed()
+
+    @property
+    def keeper(self) -> int | None:
+        return ProcessLock(self.paths.keeper_lock).holder()
+
+    def box(self) -> Path:
+        """The root of the only box."""
+        (folder,) = (self.paths.state / "market" / "boxes").glob("box-*")
+        return folder
+
+    def wait_for_keeper_to_end(self) -> None:
+        until(lambda: self.keeper is None)
+
+    def close(self) -> None:
+        """End everything; asserts that no test leaves a billed box behind."""
+        billed = self.billed if self.market.alive() else 0
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+        if keeper := self.keeper:
+            os.kill(keeper, 15)
+            self.wait_for_keeper_to_end()
+        self.market.shut_down()
+        until(lambda: not self.market.alive())
+        assert billed == 0, "the test left a billed box"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command printed."""
+
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)

@@ -1,0 +1,142 @@
+"""One box, used as a person uses it. The tests of this module share it and leave it ready."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+from pathlib import Path
+
+import httpx
+import pytest
+
+from selfhost_cli.sandbox import demo
+from tests.e2e.stage import Stage, until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("ready")]
+
+SHORT = ["--system-prompt", demo.SYSTEM_PROMPT]
+
+
+def reached(stage: Stage) -> bool:
+    (row,) = stage.ask("status", "--json").json
+    return bool(row["tunnel"] == "up" and row["box"].get("status") == "healthy")
+
+
+def test_claude_reads_a_real_file_through_a_tool_call(ready: Stage) -> None:
+    task = demo.make_task(ready.paths)
+    answer = ready.ask(*task.arguments, cwd=task.folder)
+    assert task.word in answer.out
+
+
+def test_claude_changes_a_real_file(ready: Stage, tmp_path: Path) -> None:
+    target = tmp_path / "hello.txt"
+    prompt = f"Create the file {target} with the content: hello"
+    ready.ask("claude", "-p", prompt, "--tools", "Write", "--allowedTools", "Write", *SHORT, cwd=tmp_path)
+    assert "hello" in target.read_text()
+
+
+def test_stdout_is_claudes_alone_and_json_stays_parseable(ready: Stage) -> None:
+    answer = ready.ask("claude", "-p", "Say hi.", "--tools", "", "--output-format", "json", *SHORT)
+    result = json.loads(answer.out)
+    assert result["is_error"] is False
+    assert result["modelUsage"][demo.MODEL]["contextWindow"] == demo.CONTEXT
+
+
+def test_claudes_own_exit_code_is_ours(ready: Stage) -> None:
+    ready.ask("claude", "--no-such-option", code=1)
+    assert "2.1.330" in ready.ask("claude", "--version").out
+
+
+def test_up_again_reuses_the_box_and_pays_for_no_second(ready: Stage) -> None:
+    answer = ready.ask("up", "--yes", "--json")
+    assert answer.json["rental"]["state"] == "ready"
+    assert ready.billed == 1
+
+
+def test_status_tells_what_there_is_and_what_it_costs(ready: Stage) -> None:
+    (row,) = ready.ask("status", "--json").json
+    assert row["rental"]["state"] == "ready"
+    assert row["tunnel"] == "up"
+    assert row["box"]["context"] == demo.CONTEXT
+    assert 0 < row["so_far"]["total"] < 1
+    assert "box_token" not in row["rental"]
+    assert "ends by itself" in ready.ask("status").out
+
+
+def test_tokens_are_counted(ready: Stage) -> None:
+    before = ready.ask("status", "--json").json[0]["so_far"]["usage"]
+    ready.ask("claude", "-p", "Say hi.", "--tools", "", *SHORT)
+    after = ready.ask("status", "--json").json[0]["so_far"]["usage"]
+    assert after["requests"] == before["requests"] + 1
+    assert after["input_tokens"] > before["input_tokens"]
+    assert after["output_tokens"] > before["output_tokens"]
+
+
+def test_env_serves_other_clients(ready: Stage) -> None:
+    env = ready.ask("env", "--json").json
+    answer = httpx.post(
+        f"{env['ANTHROPIC_BASE_URL']}/v1/messages",
+        json={"max_tokens": 4, "messages": [{"role": "user", "content": "Say hi."}]},
+        headers={"Authorization": f"Bearer {env['ANTHROPIC_AUTH_TOKEN']}"},
+        timeout=60,
+        trust_env=False,
+    )
+    assert answer.json()["usage"]["output_tokens"] > 0
+    assert f"export ANTHROPIC_BASE_URL={env['ANTHROPIC_BASE_URL']}" in ready.ask("env").out
+
+
+def test_who_has_no_token_gets_nothing(ready: Stage) -> None:
+    url = ready.ask("env", "--json").json["ANTHROPIC_BASE_URL"]
+    answer = httpx.post(f"{url}/v1/messages", json={"messages": []}, timeout=10, trust_env=False)
+    assert answer.status_code == 401
+    assert answer.json()["error"]["type"] == "authentication_error"
+
+
+def test_a_killed_keeper_is_back_at_the_next_command_on_the_same_port(ready: Stage) -> None:
+    url = ready.ask("env", "--json").json["ANTHROPIC_BASE_URL"]
+    keeper = ready.keeper
+    assert keeper
+    os.kill(keeper, signal.SIGKILL)
+    until(lambda: ready.keeper is None)
+    answer = ready.ask("claude", "-p", "Say hi.", "--tools", "", *SHORT)
+    assert answer.out.strip()
+    assert ready.keeper not in (None, keeper)
+    assert ready.ask("env", "--json").json["ANTHROPIC_BASE_URL"] == url
+
+
+@pytest.mark.parametrize("part", ["engine", "proxy"])
+def test_a_killed_part_of_the_box_comes_back(ready: Stage, part: str) -> None:
+    run = ready.box() / "root" / ".selfhost" / "run"
+    port = (run / f"{part}.port").read_text()
+    child = int((run / f"{part}.child").read_text())
+    os.kill(child, signal.SIGKILL)
+    until(lambda: int((run / f"{part}.child").read_text()) != child)
+    until(lambda: reached(ready), 60)
+    assert (run / f"{part}.port").read_text() == port
+
+
+def test_a_box_whose_sshd_lost_our_session_is_reached_again(ready: Stage) -> None:
+    sshd = int((ready.box() / "run" / "sshd.pid").read_text())
+    for session in Path(f"/proc/{sshd}/task/{sshd}/children").read_text().split():
+        os.kill(int(session), signal.SIGKILL)
+    until(lambda: reached(ready), 30)
+
+
+def test_what_holds_secrets_is_the_owners_alone(ready: Stage) -> None:
+    where = ready.paths
+    for path in (where.ledger, where.login_key, where.front_token, where.keeper_file, where.config_file):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    box = ready.box() / "root" / ".selfhost"
+    assert stat.S_IMODE((box / "run" / "install.env").stat().st_mode) == 0o600
+    assert stat.S_IMODE(box.stat().st_mode) == 0o700
+
+
+def test_no_key_and_no_foreign_token_is_on_the_box(ready: Stage) -> None:
+    where = ready.paths
+    secrets = [ready.market.api_key, where.front_token.read_text().strip(), where.login_key.read_text()]
+    for path in (ready.box() / "root").rglob("*"):
+        if path.is_file() and path.stat().st_size < 1_000_000:
+            text = path.read_text(errors="replace")
+            assert not any(secret in text for secret in secrets), path

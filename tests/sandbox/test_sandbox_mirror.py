@@ -1,0 +1,109 @@
+"""The mirror: what curl and pip need of it, and its switches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from market_process import MarketProcess
+
+BODY = bytes(range(256)) * 4000
+
+
+@pytest.fixture
+def url(clean: MarketProcess) -> str:
+    (clean.cache / "models/model.bin").write_bytes(BODY)
+    return f"{clean.facts['mirror']}/models/model.bin"
+
+
+@pytest.fixture
+def http() -> Iterator[httpx.Client]:
+    with httpx.Client(trust_env=False, timeout=20) as client:
+        yield client
+
+
+def test_a_file_is_served_whole_with_an_etag(http: httpx.Client, url: str) -> None:
+    answer = http.get(url)
+    assert (answer.status_code, answer.content) == (200, BODY)
+    assert answer.headers["Accept-Ranges"] == "bytes"
+    assert http.get(url, headers={"If-None-Match": answer.headers["ETag"]}).status_code == 304
+    head = http.head(url)
+    assert (head.headers["Content-Length"], head.headers["ETag"]) == (str(len(BODY)), answer.headers["ETag"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "part"),
+    [
+        ("bytes=1000-", 206, slice(1000, None)),
+        ("bytes=10-19", 206, slice(10, 20)),
+        ("bytes=-5", 206, slice(-5, None)),
+        ("bytes=0-99999999", 206, slice(0, None)),
+        (f"bytes={len(BODY)}-", 416, slice(0, 0)),
+        ("bytes=9-3", 416, slice(0, 0)),
+    ],
+)
+def test_ranges(http: httpx.Client, url: str, asked: str, status: int, part: slice) -> None:
+    answer = http.get(url, headers={"Range": asked})
+    assert (answer.status_code, answer.content) == (status, BODY[part])
+
+
+def test_a_range_of_another_version_is_not_served(http: httpx.Client, url: str) -> None:
+    answer = http.get(url, headers={"Range": "bytes=10-", "If-Range": '"another"'})
+    assert (answer.status_code, answer.content) == (200, BODY)
+
+
+def test_nothing_outside_the_cache_is_served(clean: MarketProcess, http: httpx.Client) -> None:
+    (clean.cache / "secret").write_text("s")
+    for path in ("models/nothing", "models/..%2Fsecret", "models/../secret", "secret", "state/market.json"):
+        assert http.get(f"{clean.facts['mirror']}/{path}").status_code == 404, path
+
+
+def test_curl_resumes_a_transfer_that_was_cut(clean: MarketProcess, url: str, tmp_path: Path) -> None:
+    clean.set("/mirror", cut_after=300_000)
+    target = tmp_path / "model.part"
+    command = ["curl", "-sS", "-C", "-", "-o", str(target), url]
+    assert subprocess.run(command, capture_output=True).returncode != 0
+    kept = target.stat().st_size
+    assert 0 < kept <= 300_000
+    clean.set("/mirror")
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert target.read_bytes() == BODY
+
+
+def test_a_stalled_transfer_says_nothing_until_it_is_switched_off(clean: MarketProcess, url: str) -> None:
+    clean.set("/mirror", stall_after=100_000)
+    with httpx.Client(trust_env=False, timeout=0.5) as http, http.stream("GET", url) as answer:
+        got = b""
+        chunks = answer.iter_raw()
+        while len(got) < 100_000:
+            got += next(chunks)
+        with pytest.raises(httpx.ReadTimeout):
+            next(chunks)
+    assert got == BODY[:100_000]
+
+
+def test_a_rate_can_be_set(clean: MarketProcess, http: httpx.Client, url: str) -> None:
+    clean.set("/mirror", rate=2_000_000)
+    started = time.monotonic()
+    assert http.get(url).content == BODY
+    assert time.monotonic() - started > 0.4
+
+
+def test_pip_finds_wheels(clean: MarketProcess, tmp_path: Path) -> None:
+    with zipfile.ZipFile(clean.cache / "wheels/tiny_thing-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny_thing.py", "")
+        wheel.writestr("tiny_thing-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-thing\nVersion: 1.0\n")
+        wheel.writestr(
+            "tiny_thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr("tiny_thing-1.0.dist-info/RECORD", "")
+    links = f"{clean.facts['mirror']}/wheels/"
+    command = [sys.executable, "-m", "pip", "--isolated", "download", "-q", "--no-index", "--find-links", links]
+    subprocess.run([*command, "-d", str(tmp_path), "tiny-thing==1.0"], check=True)
+    assert (tmp_path / "tiny_thing-1.0-py3-none-any.whl").is_file()

@@ -1,0 +1,184 @@
+"""The laptop's half of the installation, on a box that is a local directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from selfhost_cli import install, payload
+from selfhost_cli.errors import SelfhostError
+from selfhost_cli.install import InstallSpec
+from selfhost_cli.model import Event
+from selfhost_cli.remote import ConnectionLost
+from tests.fakes.remote import RemoteFake
+from tests.templates.box import Box, Files, stub_proxy_zip
+
+SPEC = InstallSpec(
+    engine="llamacpp", model="tiny", context=4096, token="secret token", version="1", proxy_requirements=""
+)
+
+
+@pytest.fixture
+def mirror() -> Iterator[Files]:
+    server = Files({"/m/tiny.gguf": b"weights"})
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Iterator[Box]:
+    made = Box(tmp_path / "box")
+    yield made
+    made.kill_all()
+
+
+@pytest.fixture
+def remote(box: Box) -> RemoteFake:
+    return RemoteFake(box.home, box.env)
+
+
+@pytest.fixture
+def wanted(box: Box, mirror: Files, tmp_path: Path) -> dict[str, tuple[bytes, int]]:
+    """The files of a spec, with stand-ins for the two that would need a real engine."""
+    stubs = Box(tmp_path / "stubs")
+    stubs.put_parts()
+    spec = dataclasses.replace(SPEC, url=f"{mirror.url}/m/tiny.gguf")
+    wanted = {f"bin/{name}": (payload.script(name), 0o700) for name in ("install.sh", "start.sh", "stop.sh")}
+    return {
+        **wanted,
+        "bin/llamacpp.py": ((stubs.dir / "bin/llamacpp.py").read_bytes(), 0o700),
+        "bin/proxy.zip": (stub_proxy_zip(), 0o600),
+        "run/install.env": (install.env_file(spec), 0o600),
+    }
+
+
+def test_it_uploads_installs_and_says_the_port(
+    box: Box, remote: RemoteFake, wanted: dict[str, tuple[bytes, int]]
+) -> None:
+    events: list[Event] = []
+    installed = install.bring(remote, wanted, events.append)
+    assert installed.proxy_port == int(box.text("run/proxy.port"))
+    ended = [event.stage for event in events if event.status == "done"]
+    assert ended == ["upload", "tools", "model", "engine", "proxy", "start"]
+    modes = {path: (box.dir / path).stat().st_mode & 0o777 for path in wanted}
+    assert modes == {path: mode for path, (_, mode) in wanted.items()}
+    assert box.dir.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_second_time_uploads_nothing_and_a_change_uploads_that_file(
+    remote: RemoteFake, wanted: dict[str, tuple[bytes, int]]
+) -> None:
+    install.bring(remote, wanted, lambda event: None)
+    remote.puts.clear()
+    events: list[Event] = []
+    install.bring(remote, wanted, events.append)
+    assert remote.puts == []
+    assert {event.status for event in events} == {"skip"}
+    changed = {**wanted, "bin/stop.sh": (wanted["bin/stop.sh"][0] + b"# new\n", 0o700)}
+    install.bring(remote, changed, lambda event: None)
+    assert remote.puts == [".selfhost/bin/stop.sh"]
+
+
+def test_a_failing_step_is_the_message_with_its_last_lines_and_the_way_on(
+    box: Box, remote: RemoteFake, wanted: dict[str, tuple[bytes, int]]
+) -> None:
+    (box.tools / "curl").unlink()
+    events: list[Event] = []
+    with pytest.raises(SelfhostError) as caught:
+        install.bring(remote, wanted, events.append)
+    assert caught.value.message.startswith("installing on the box failed at the step tools: missing on this box: curl")
+    assert "the end of ~/.selfhost/log/install.log" in caught.value.message
+    assert "selfhost down" in caught.value.remedy
+    assert "selfhost up" in caught.value.remedy
+    assert events[-1].status == "fail"
+    assert "secret token" not in caught.value.message
+
+
+def test_a_script_that_dies_without_a_word_is_an_error_too(
+    remote: RemoteFake, wanted: dict[str, tuple[bytes, int]]
+) -> None:
+    broken = {**wanted, "bin/install.sh": (b"echo noise; echo 'disk on fire' >&2; exit 7\n", 0o700)}
+    with pytest.raises(SelfhostError, match="status 7\ndisk on fire"):
+        install.bring(remote, broken, lambda event: None)
+
+
+def test_a_lost_connection_stays_one(remote: RemoteFake) -> None:
+    remote.close()
+    with pytest.raises(ConnectionLost):
+        install.bring(remote, {}, lambda event: None)
+
+
+def test_a_home_that_cannot_be_written_is_an_error(box: Box, remote: RemoteFake) -> None:
+    (box.home / ".selfhost").write_text("in the way")
+    with pytest.raises(SelfhostError, match="cannot be used"):
+        install.bring(remote, {"bin/x": (b"", 0o600)}, lambda event: None)
+
+
+def test_the_files_of_a_spec_are_the_shipped_ones() -> None:
+    files = install.files(SPEC)
+    assert set(files) == {
+        "bin/install.sh", "bin/start.sh", "bin/stop.sh", "bin/llamacpp.py", "bin/proxy.zip", "run/install.env",
+    }  # fmt: skip
+    assert files["bin/install.sh"] == (payload.script("install.sh"), 0o700)
+    assert files["run/install.env"][1] == 0o600
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["it's", "''", "a b\tc", "$HOME `id` $(id) \\", "two\nlines", '"', "#x", "-n", "é✓", "", "a'\\''b", "%s\\n"],
+)
+def test_env_file_survives_the_shell_whatever_the_value(value: str) -> None:
+    spec = dataclasses.replace(SPEC, model=value, token=value, url=value, size=7)
+    script = install.env_file(spec).decode() + 'printf "%s|" "$SELFHOST_MODEL" "$SELFHOST_TOKEN" "$SELFHOST_MODEL_URL"'
+    script += ' "$SELFHOST_MODEL_BYTES" "$SELFHOST_CONTEXT"'
+    out = subprocess.run(["sh", "-c", script], capture_output=True, check=True).stdout.decode()
+    assert out == f"{value}|{value}|{value}|7|4096|"
+
+
+def test_a_nul_byte_is_refused() -> None:
+    with pytest.raises(SelfhostError, match="NUL"):
+        install.env_file(dataclasses.replace(SPEC, model="a\0b"))
+
+
+def test_the_token_is_not_in_the_specs_repr() -> None:
+    assert "secret" not in repr(SPEC)
+
+
+@pytest.mark.parametrize(
+    ("line", "event"),
+    [
+        ("@selfhost\tmodel\tprogress\t10\t20\ta.gguf", Event("model", "progress", "a.gguf", 10, 20)),
+        ("@selfhost\tmodel\tprogress\t10\t\ta.gguf\n", Event("model", "progress", "a.gguf", 10, None)),
+        ("@selfhost\ttools\tskip\t\t\ta\tb", Event("tools", "skip", "a\tb")),
+        ("@selfhost\ttools\tweird\t\t\tx", None),
+        ("@selfhost\ttools\tdone", None),
+        ("Welcome to vast.ai.", None),
+        ("", None),
+    ],
+)
+def test_progress_lines_become_events_and_noise_does_not(line: str, event: Event | None) -> None:
+    assert install.parse(line) == event
+
+
+def test_renewing_the_lease_moves_its_time(box: Box, remote: RemoteFake) -> None:
+    with pytest.raises(SelfhostError, match="lease"):
+        install.renew_lease(remote)
+    box.run.mkdir(parents=True)
+    lease = box.run / "lease"
+    lease.touch()
+    os.utime(lease, (1, 1))
+    install.renew_lease(remote)
+    assert time.time() - lease.stat().st_mtime < 60
+
+
+def test_armed_is_what_the_watchdog_wrote(box: Box, remote: RemoteFake) -> None:
+    assert install.armed(remote) == ""
+    box.run.mkdir(parents=True)
+    (box.run / "armed").write_text("refused 403\n")
+    assert install.armed(remote) == "refused 403"
