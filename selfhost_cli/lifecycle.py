@@ -15,8 +15,9 @@ import os
 import secrets
 import signal
 import uuid
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -192,7 +193,7 @@ def make_plan(world: World) -> Plan:
     choice = offers.choose(need, found, download_bytes=download, max_spend=settings.max_spend)
     if not choice.ranked:
         raise NothingToRent(
-            _why_nothing(need, choice), "Loosen --max-price, --region, --disk or --hours, or try later."
+            _why_nothing(world, need, download), "Loosen --max-price, --region, --disk or --hours, or try later."
         )
     credit = world.provider.account().credit
     best = choice.ranked[0]
@@ -548,14 +549,14 @@ def _tunnel(world: World, rental: Rental) -> Front:
     return front
 
 
-def _why_nothing(need: Need, choice: offers.Choice) -> str:
+def _why_nothing(world: World, need: Need, download: float) -> str:
+    """Ask again without the limits, so that they can be named."""
+    loose = replace(need, gpu_ram_mb=0, ram_mb=0, reliability=0.0, inet_down_mbps=0.0, hours=0.0, max_price=None)
+    choice = offers.choose(need, world.provider.offers(loose), download_bytes=download)
     if not choice.refused:
-        return f"the market has no {need.gpu} within the limits"
-    reasons: dict[str, int] = {}
-    for refusal in choice.refused:
-        reasons[refusal.why] = reasons.get(refusal.why, 0) + 1
-    top = sorted(reasons.items(), key=lambda item: -item[1])[:4]
-    told = ", ".join(f"{count} × {why}" for why, count in top)
+        return f"the market has no {need.gpu} now"
+    reasons = Counter(refusal.why for refusal in choice.refused).most_common(4)
+    told = ", ".join(f"{count} × {why}" for why, count in reasons)
     return f"no {need.gpu} within the limits; {len(choice.refused)} offers refused: {told}"
 
 

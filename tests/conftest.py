@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from selfhost_cli.sandbox import assets
+from selfhost_cli.sandbox.assets import Assets
+
 KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV")
 
 
@@ -19,3 +22,18 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(home))
     return home
+
+
+@pytest.fixture(scope="session")
+def cache() -> Path:
+    """Where the sandbox's downloads are; tests never make them."""
+    folder = os.environ.get("SELFHOST_TEST_CACHE")
+    if not folder or not assets.ready(Path(folder)):
+        pytest.skip("needs the sandbox's downloads: run scripts/test, which makes them and sets SELFHOST_TEST_CACHE")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def downloads(cache: Path) -> Assets:
+    """The real model, the box's wheels and the real Claude Code."""
+    return assets.ensure(cache, lambda line: None)

@@ -26,8 +26,8 @@ from selfhost_cli.proxy import front
 
 TICK_S = 1.0
 STUCK_ENDING_S = 60.0
-UNREACHABLE_S = 30.0
-RETRY_S = 30.0
+UNREACHABLE_S = 10.0
+RETRY_S = 20.0
 IDLE_EXIT_S = 3.0
 PORTS = 50
 

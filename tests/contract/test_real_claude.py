@@ -1,12 +1,11 @@
 """What we launch Claude Code with, against the real one: it talks to our URL only, with our token and our context.
 
-SELFHOST_TEST_CLAUDE is the path of the real `claude`. It runs with an environment and a home of its own.
+It runs with an environment and a home of its own.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -17,12 +16,10 @@ from typing import Any
 import pytest
 
 from selfhost_cli import claude
+from selfhost_cli.sandbox.assets import Assets
 
-REAL = os.environ.get("SELFHOST_TEST_CLAUDE", "")
 TOKEN = "front-token-of-this-test"
 CONTEXT = 54_321
-
-pytestmark = pytest.mark.skipif(not REAL, reason="SELFHOST_TEST_CLAUDE does not name the real claude")
 
 
 def events(text: str) -> bytes:
@@ -81,6 +78,11 @@ class Api:
 
 
 @pytest.fixture
+def binary(downloads: Assets) -> Path:
+    return downloads.claude
+
+
+@pytest.fixture
 def home(tmp_path: Path) -> Path:
     home = tmp_path / "home"
     (home / ".claude").mkdir(parents=True)
@@ -100,10 +102,10 @@ def elsewhere() -> Iterator[Api]:
         yield api
 
 
-def run(api: Api, home: Path, *args: str, **user: str) -> subprocess.CompletedProcess[str]:
+def run(binary: Path, api: Api, home: Path, *args: str, **user: str) -> subprocess.CompletedProcess[str]:
     """Run the real claude as `selfhost claude` does, from an otherwise empty environment."""
     launch = claude.launch(
-        Path(REAL),
+        binary,
         args,
         url=api.url,
         token=TOKEN,
@@ -124,10 +126,12 @@ def run(api: Api, home: Path, *args: str, **user: str) -> subprocess.CompletedPr
     )
 
 
-def test_the_answer_is_printed_and_one_request_was_sent_with_our_token(api: Api, elsewhere: Api, home: Path) -> None:
+def test_the_answer_is_printed_and_one_request_was_sent_with_our_token(
+    binary: Path, api: Api, elsewhere: Api, home: Path
+) -> None:
     real = {"ANTHROPIC_API_KEY": "sk-real", "ANTHROPIC_BASE_URL": elsewhere.url, "ANTHROPIC_CUSTOM_HEADERS": "x-a: b"}
     proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), elsewhere.url)
-    done = run(api, home, "-p", "say hi", "--output-format", "json", **real, **proxies)
+    done = run(binary, api, home, "-p", "say hi", "--output-format", "json", **real, **proxies)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["result"] == "Hello from the box."
@@ -146,7 +150,9 @@ def test_the_answer_is_printed_and_one_request_was_sent_with_our_token(api: Api,
 
 
 @pytest.mark.parametrize("where", ["user", "project"])
-def test_a_settings_file_cannot_send_it_elsewhere(api: Api, elsewhere: Api, home: Path, where: str) -> None:
+def test_a_settings_file_cannot_send_it_elsewhere(
+    binary: Path, api: Api, elsewhere: Api, home: Path, where: str
+) -> None:
     env = {
         "ANTHROPIC_BASE_URL": elsewhere.url,
         "ANTHROPIC_AUTH_TOKEN": "another",
@@ -156,19 +162,19 @@ def test_a_settings_file_cannot_send_it_elsewhere(api: Api, elsewhere: Api, home
     }
     name = "settings.json" if where == "user" else "settings.local.json"
     (home / ".claude" / name).write_text(json.dumps({"env": env}))
-    done = run(api, home, "-p", "say hi")
+    done = run(binary, api, home, "-p", "say hi")
     assert (done.returncode, done.stdout.strip()) == (0, "Hello from the box."), done.stderr
     assert elsewhere.seen == []
     assert [headers["authorization"] for _, _, headers, _ in api.seen] == [f"Bearer {TOKEN}"]
     assert [body["model"] for _, _, _, body in api.seen] == ["qwen3-coder:30b"]
 
 
-def test_our_settings_in_front_are_accepted_by_other_subcommands(api: Api, home: Path) -> None:
-    done = run(api, home, "mcp", "list")
+def test_our_settings_in_front_are_accepted_by_other_subcommands(binary: Path, api: Api, home: Path) -> None:
+    done = run(binary, api, home, "mcp", "list")
     assert done.returncode == 0, done.stderr
     assert "No MCP servers" in done.stdout
     assert api.seen == []
 
 
-def test_it_is_the_version_that_these_facts_are_about(home: Path) -> None:
-    assert claude.seen_version(Path(REAL), home) == claude.Seen(claude.SEEN)
+def test_it_is_the_version_that_these_facts_are_about(binary: Path, home: Path) -> None:
+    assert claude.seen_version(binary, home) == claude.Seen(claude.SEEN)

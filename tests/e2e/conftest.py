@@ -1,24 +1,11 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from selfhost_cli.sandbox import assets
 from tests.e2e.stage import Stage
-
-REASON = "needs the sandbox's downloads: run scripts/test, which makes them and sets SELFHOST_TEST_CACHE"
-
-
-@pytest.fixture(scope="session")
-def cache() -> Path:
-    """Where the sandbox's downloads are; tests never make them."""
-    folder = os.environ.get("SELFHOST_TEST_CACHE")
-    if not folder or not assets.ready(Path(folder)):
-        pytest.skip(REASON)
-    return Path(folder)
 
 
 @pytest.fixture

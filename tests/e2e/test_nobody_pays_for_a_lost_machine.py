@@ -167,7 +167,7 @@ def test_an_idle_box_ends_itself_while_the_keeper_lives(make_stage: MakeStage) -
 
 
 def test_the_hours_cap_ends_the_box(make_stage: MakeStage) -> None:
-    stage = make_stage(hours=0.01)
+    stage = make_stage(hours=0.005)
     stage.spawn("up", "--yes", "--detach").communicate(timeout=100)
     until(lambda: stage.billed == 0, 60)
     stage.ask("down")

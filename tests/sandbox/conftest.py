@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from market_process import MarketProcess
 
 from selfhost_cli.errors import NotSetUp
 from selfhost_cli.sandbox import image
+from tests.sandbox.market_process import MarketProcess
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ from typing import Any
 
 import paramiko
 import pytest
-from market_process import MarketProcess, until
 
 from selfhost_cli.sandbox import image, processes
+from tests.sandbox.market_process import MarketProcess, until
 
 pytestmark = pytest.mark.box
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from market_process import MarketProcess
+
+from tests.sandbox.market_process import MarketProcess
 
 BODY = bytes(range(256)) * 4000
 

@@ -117,8 +117,8 @@ def test_what_vanished_or_changed_is_repaired_and_the_rest_skipped(ready: Box, m
     engine = ready.text("run/engine.child")
     (ready.dir / "proxy/venv/bin/python").unlink()
     configure(ready, mirror, token="another")
-    code, events, _ = install(ready)
-    assert code == 0
+    code, events, errors = install(ready)
+    assert code == 0, (events, errors)
     assert outcome(events) == {**dict.fromkeys(STEPS, "skip"), "proxy": "done", "start": "done"}
     assert ready.text("run/engine.child") == engine
 
@@ -186,8 +186,8 @@ def test_onstart_and_install_agree_on_the_file(ready: Box, mirror: Files) -> Non
     ready.start(payload.onstart(private, public, public), SELFHOST_FETCH_URL=f"{mirror.url}/m/tiny.gguf?download=true")
     part = ready.dir / "downloads/tiny.gguf.part"
     eventually(lambda: part.exists() and part.stat().st_size == len(MODEL))
-    code, _, _ = install(ready)
-    assert code == 0
+    code, events, errors = install(ready)
+    assert code == 0, (events, errors)
     assert len(mirror.ranges) == 1
 
 
@@ -271,8 +271,8 @@ def test_a_part_that_dies_again_and_again_fails_with_its_last_words(ready: Box) 
 
 
 def test_the_token_is_never_an_argument_and_never_in_a_log(ready: Box) -> None:
-    code, _, _ = install(ready)
-    assert code == 0
+    code, events, errors = install(ready)
+    assert code == 0, (events, errors)
     lines = [line for pid in all_pids() if str(ready.dir) in (line := command_line(pid))]
     assert not any("the token" in line for line in lines)
     assert not any("the token" in log.read_text() for log in (ready.dir / "log").iterdir())

@@ -1,0 +1,92 @@
+"""The keeper's links on a real box: what they notice, and how fast they are back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from selfhost_cli.keeper.links import Link
+from selfhost_cli.keeper.links import Tunnel as TunnelProtocol
+from selfhost_cli.model import Endpoint, Rental, State
+from selfhost_cli.remote.tunnel import Tunnel
+from tests.fakes.rental import make_rental
+from tests.integration.conftest import Box
+from tests.sandbox.market_process import until
+
+pytestmark = pytest.mark.box
+
+
+@pytest.fixture
+def make_link(box: Box) -> Iterator[Callable[..., Link]]:
+    made: list[Link] = []
+
+    def open_tunnel(rental: Rental, endpoint: Endpoint) -> TunnelProtocol:
+        assert rental.proxy_port is not None
+        return Tunnel(endpoint, rental.host_key, box.login_key, rental.proxy_port)
+
+    def make(endpoint: Endpoint | None = None, endpoints: tuple[Endpoint, ...] = ()) -> Link:
+        rental = make_rental(
+            state=State.READY, instance_id=1, endpoint=endpoint or box.endpoint, proxy_port=80, host_key=box.host_key
+        )
+        made.append(Link(rental, open_tunnel, lambda rental: endpoints))
+        made[-1].start()
+        return made[-1]
+
+    (box.home / ".selfhost" / "run").mkdir(parents=True, exist_ok=True)
+    yield make
+    for link in made:
+        link.stop()
+        link.join(20)
+        assert not link.is_alive()
+
+
+def test_a_link_comes_up_and_renews_the_lease(make_link: Callable[..., Link], box: Box) -> None:
+    lease = box.home / ".selfhost" / "run" / "lease"
+    lease.unlink(missing_ok=True)
+    link = make_link()
+    until(lambda: link.state == "up")
+    assert link.port
+    assert lease.exists()
+    before = lease.stat().st_mtime_ns
+    until(lambda: lease.stat().st_mtime_ns > before)
+
+
+def test_a_killed_session_is_noticed_and_replaced(make_link: Callable[..., Link], box: Box) -> None:
+    link = make_link()
+    until(lambda: link.state == "up")
+    box.signal_sessions(signal.SIGKILL)
+    until(lambda: link.state != "up")
+    until(lambda: link.state == "up")
+
+
+def test_a_frozen_peer_is_noticed_within_ten_seconds_or_so(make_link: Callable[..., Link], box: Box) -> None:
+    link = make_link()
+    until(lambda: link.state == "up")
+    frozen = [box.sshd, *box.sessions()]
+    began = time.monotonic()
+    try:
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        until(lambda: link.state != "up", 15)
+        assert link.reason
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+    assert time.monotonic() - began < 15
+    until(lambda: link.state == "up")
+
+
+def test_a_box_that_moved_is_found_through_the_market(make_link: Callable[..., Link], box: Box) -> None:
+    link = make_link(endpoint=Endpoint("127.0.0.1", 9), endpoints=(box.endpoint,))
+    until(lambda: link.state == "up")
+
+
+def test_a_box_that_is_away_says_why(make_link: Callable[..., Link]) -> None:
+    link = make_link(endpoint=Endpoint("127.0.0.1", 9))
+    until(lambda: "refused" in link.reason)
+    assert link.state == "connecting"
+    assert link.down_since is not None
