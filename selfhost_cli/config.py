@@ -140,7 +140,9 @@ class Settings:
 
 
 NAMES = tuple(f.name for f in fields(Settings) if f.metadata)
-FLAG_ONLY = ("profile", "paths", "sources")
+NOT_SETTINGS = ("profile", "paths", "sources")
+FLAGS = ("gpu", "region", "max_price", "model", "engine", "disk", "hours", "max_spend", "idle", "port", "unguarded")
+"""The settings that `selfhost up` takes as options."""
 
 
 def paths(profile: str, env: Mapping[str, str]) -> Paths:
@@ -281,4 +283,4 @@ def _boolean(value: object) -> bool:
         raise ValueError("expected true or false") from None
 
 
-assert all(f.default is not MISSING for f in fields(Settings) if f.name not in FLAG_ONLY)
+assert all(f.default is not MISSING for f in fields(Settings) if f.name not in NOT_SETTINGS)

@@ -58,7 +58,8 @@ def _probes(client: httpx.Client, model: str, context: int) -> Iterator[Probe]:
     engine = str(box.get("engine"))
     part = (box.get("components") or {}).get(engine)
     yield verdict("engine", _is_up(part), engine if _is_up(part) else f"{engine} does not answer: {part}")
-    yield verdict("model", box.get("model") == model, f"serves {box.get('model')}, wanted {model}")
+    served = box.get("model")
+    yield verdict("model", served == model, model if served == model else f"serves {served}, wanted {model}")
     real = box.get("context")
     fits = isinstance(real, int) and real >= context
     yield verdict("context", fits, f"{real} tokens" if fits else f"{real} tokens, promised {context}")

@@ -70,9 +70,7 @@ def apply(remote: Remote, spec: InstallSpec, report: Callable[[Event], None]) ->
     return bring(remote, files(spec), report)
 
 
-def bring(
-    remote: Remote, wanted: dict[str, tuple[bytes, int]], report: Callable[[Event], None]
-) -> Installed:
+def bring(remote: Remote, wanted: dict[str, tuple[bytes, int]], report: Callable[[Event], None]) -> Installed:
     """`apply` for given files (see `files`): upload what differs, run install.sh, ask for the port."""
     _upload(remote, wanted, report)
     _run_install(remote, report)

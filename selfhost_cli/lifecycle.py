@@ -309,7 +309,7 @@ def _create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
         created_at=world.clock.time(),
         offer_id=offer.id,
         machine_id=offer.machine_id,
-        gpu=offer.gpu,
+        gpu=f"{offer.gpu} (simulated GPU)" if plan.simulated else offer.gpu,
         place=offer.place,
         dph_base=offer.dph_base,
         dph_total=offer.dph_total,

@@ -430,7 +430,9 @@ do_start() {
   ticks=0
   until healthy; do
     for part in engine proxy; do
-      [ "$(cat "run/$part.deaths" 2>/dev/null || echo 0)" -lt 4 ] || fail "the $part dies again and again" "log/$part.log"
+      # Empty for a moment, while it is being written.
+      deaths=$(cat "run/$part.deaths" 2>/dev/null)
+      [ "${deaths:-0}" -lt 4 ] || fail "the $part dies again and again" "log/$part.log"
     done
     waited=$(($(date +%s) - began))
     [ "$waited" -lt "${SELFHOST_START_S:-900}" ] ||

@@ -14,20 +14,27 @@ main() {
   esac
 }
 
-# The pid file is true only while the loop holds its lock: without it, the number may be anybody's by now.
 end() {
-  running "$1" || return 0
-  pid=$(cat "run/$1.pid")
-  kill "$pid" 2>/dev/null
   tries=0
   while running "$1"; do
     tries=$((tries + 1))
-    # The loop leads its process group: this ends the part as well, however deaf it is.
-    [ "$tries" -gt 50 ] && kill -KILL "-$pid" 2>/dev/null
-    [ "$tries" -gt 80 ] && break
+    [ "$tries" -le 80 ] || return 1
+    if pid=$(loop "$1"); then
+      kill "$pid" 2>/dev/null
+      # The loop leads its process group: this ends the part as well, however deaf it is.
+      [ "$tries" -le 50 ] || kill -KILL "-$pid" 2>/dev/null
+    fi
     sleep 0.1
   done
-  ! running "$1"
+}
+
+# The pid of the part's loop. The number in the file may be anybody's by now, so it has to look like one.
+loop() {
+  pid=$(cat "run/$1.pid" 2>/dev/null) || return
+  case $(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline") in
+    *"start.sh supervise $1 "*) echo "$pid" ;;
+    *) return 1 ;;
+  esac
 }
 
 running() {

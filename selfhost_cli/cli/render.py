@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
     SpinnerColumn,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.status import Status
 from rich.table import Table
 
+from selfhost_cli import status as state
 from selfhost_cli.invoice import Invoice
 from selfhost_cli.lifecycle import Ended, Plan
 from selfhost_cli.model import Caps, Event, Rental
-from selfhost_cli.status import Status
 
 PROOF = "nothing is billed any more"
 
@@ -41,19 +43,11 @@ def as_json(value: Any) -> None:
 class Talk:
     """Progress on stderr: a live display on a terminal, plain lines elsewhere. Use as a context manager."""
 
+    MARKS: ClassVar = {"done": "[green]✓[/]", "skip": "[green]✓[/]", "fail": "[red]✗[/]", "note": "[yellow]![/]"}
+
     def __init__(self) -> None:
-        self._live = err.is_terminal
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.fields[line]}"),
-            BarColumn(bar_width=24),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True),
-            console=err,
-            transient=True,
-        )
-        self._task: TaskID | None = None
+        self._draws = sys.stderr.isatty()
+        self._shown: Status | Progress | None = None
         self._stage = ""
         self._began = time.monotonic()
         self._said = ""
@@ -70,64 +64,87 @@ class Talk:
     def __call__(self, event: Event) -> None:
         if event.stage != self._stage and event.status in ("start", "progress"):
             self._stage, self._began, self._tenth = event.stage, time.monotonic(), -1
-        if event.status == "progress":
-            self._show_progress(event)
-        elif event.status == "start":
-            self._show_progress(event)
-            if not self._live and event.text:
-                self._say("…", event.stage, event.text)
-        else:
+        if event.status in self.MARKS:
             self._hide()
-            marks = {"done": "[green]✓[/]", "skip": "[green]✓[/]", "fail": "[red]✗[/]", "note": "[yellow]![/]"}
-            self._say(marks[event.status], event.stage, event.text or event.status, self._took(event))
+            self._say(self.MARKS[event.status], event.stage, event.text or event.status, self._took(event))
+        elif self._draws:
+            self._draw(event)
+        elif event.total is not None and event.done is not None:
+            self._say_tenth(event.stage, event.done, event.total)
+        elif event.text:
+            self._say("…", event.stage, event.text)
 
     def _took(self, event: Event) -> str:
         seconds = time.monotonic() - self._began
         return f" [dim]{seconds:.1f} s[/]" if event.status == "done" and event.stage == self._stage else ""
 
     def _say(self, mark: str, stage: str, text: str, took: str = "") -> None:
-        line = f"{mark} {stage:<15} {_escape(text)}"
+        line = f"{mark} {stage:<15} {escape(text)}"
         if line != self._said:
             self._said = line
             err.print(line + took)
 
-    def _show_progress(self, event: Event) -> None:
-        if self._live:
-            line = f"{event.stage:<15} {_escape(event.text)[:60]}"
-            if self._task is None:
-                self._progress.start()
-                self._task = self._progress.add_task("", line=line, total=event.total)
-            self._progress.update(self._task, line=line, completed=event.done or 0, total=event.total)
-        elif event.total and event.done is not None:
-            tenth = 10 * event.done // event.total
-            if tenth > self._tenth:
-                self._tenth = tenth
-                rate = event.done / 1e6 / max(0.1, time.monotonic() - self._began)
-                self._say("…", event.stage, f"{event.done / 1e6:.0f} of {event.total / 1e6:.0f} MB, {rate:.0f} MB/s")
-        elif event.text:
-            self._say("…", event.stage, event.text)
+    def _say_tenth(self, stage: str, done: int, total: int) -> None:
+        """A line for each tenth of a download, which is what a log can bear; nothing for small ones."""
+        if total < 10_000_000:
+            return
+        tenth = 10 * done // total
+        if tenth > self._tenth:
+            self._tenth = tenth
+            rate = done / 1e6 / max(0.1, time.monotonic() - self._began)
+            self._say("…", stage, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate:.0f} MB/s")
+
+    def _draw(self, event: Event) -> None:
+        line = f"{event.stage:<15} {escape(event.text)}"
+        if event.total is None:
+            if not isinstance(self._shown, Status):
+                self._hide()
+                self._shown = err.status(line)
+                self._shown.start()
+            self._shown.update(line)
+            return
+        if not isinstance(self._shown, Progress):
+            self._hide()
+            self._shown = _download_bar()
+            self._shown.add_task(line, total=event.total)
+            self._shown.start()
+        self._shown.update(self._shown.task_ids[0], completed=event.done or 0, total=event.total)
 
     def _hide(self) -> None:
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._progress.stop()  # a question may come next, and the display would draw over it
-            self._task = None
+        """Take the live display away: a line or a question comes next."""
+        if self._shown is not None:
+            self._shown.stop()
+            self._shown = None
+
+
+def _download_bar() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=err,
+        transient=True,
+    )
 
 
 def plan(value: Plan) -> None:
     """What `up` is about to do, and what it costs, on stderr."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "GPU", "$/h", "all-in", "ready in", "down", "$/TB", "reliability", "place"):
-        table.add_column(column, justify="left" if column in ("", "GPU", "place") else "right")
+    gpu = "simulated GPU" if value.simulated else "GPU"
+    for column in ("", gpu, "$/h", "all-in", "ready in", "Mbit/s", "$/TB", "reliable", "place"):
+        table.add_column(column, justify="left" if column in ("", gpu, "place") else "right", no_wrap=True)
     for rank, ranked in enumerate(value.choice.ranked[:5], start=1):
         offer = ranked.offer
         table.add_row(
             "→" if rank == 1 else "",
-            offer.gpu + (" (simulated GPU)" if value.simulated else ""),
+            offer.gpu,
             f"{offer.dph_total:.3f}",
             f"${ranked.dollars:.2f}",
             f"{ranked.ready_s / 60:.0f} min",
-            f"{offer.inet_down_mbps:.0f} Mbit/s",
+            f"{offer.inet_down_mbps:.0f}",
             f"{offer.down_per_gb * 1000:.1f}",
             f"{offer.reliability:.3f}",
             offer.place,
@@ -165,7 +182,7 @@ def ended(value: Ended) -> None:
         )
 
 
-def status(values: Sequence[Status]) -> None:
+def status(values: Sequence[state.Status]) -> None:
     if not values:
         out.print(f"no box; {PROOF}")
     for value in values:
@@ -198,15 +215,14 @@ def _invoice(bill: Invoice) -> None:
     out.print(table)
 
 
-def _status(value: Status) -> None:
+def _status(value: state.Status) -> None:
     rental = value.rental
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    simulated = " (simulated GPU)" if value.box.get("simulated_gpu") else ""
     usage = value.so_far.usage
     for name, text in (
-        ("box", f"{rental}{simulated} in {rental.place}, {rental.state}"),
+        ("box", f"{rental} in {rental.place}, {rental.state}"),
         ("engine", f"{rental.engine}, {rental.model}, {value.box.get('context') or rental.context} tokens"),
         ("tunnel", f"{value.tunnel} {value.reason}".strip() + (f", {value.url}" if value.url else "")),
         ("proxy", str(value.box.get("status") or "not asked")),
@@ -223,10 +239,6 @@ def _caps(caps: Caps) -> str:
         f"after {caps.max_s / 3600:g} h or ${caps.max_dollars:g}, after {caps.idle_s / 60:g} min without a request,"
         f" after {caps.lease_s / 60:g} min without this machine"
     )
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _plain(value: Any) -> Any:

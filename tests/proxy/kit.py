@@ -21,12 +21,12 @@ from selfhost_cli.proxy.rundir import RunDir
 from selfhost_cli.proxy.server import Settings, build_server
 from selfhost_cli.proxy.web import runner
 
+Json = dict[str, Any]
 TOKEN = "box-token"
 AUTH = {"authorization": f"Bearer {TOKEN}"}
-HI = {"max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
-STREAM = HI | {"stream": True}
+HI: Json = {"max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
+STREAM: Json = HI | {"stream": True}
 READ = {"name": "Read", "description": "d", "input_schema": {"type": "object"}}
-Json = dict[str, Any]
 
 
 def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -64,8 +64,8 @@ def wire(name: str, **data: Any) -> bytes:
 
 def started(uncached: int = 20, cached: int = 0) -> bytes:
     usage = {"cache_read_input_tokens": cached, "input_tokens": uncached, "output_tokens": 0}
-    message = {"id": "chatcmpl-eaO8AwfME3W0uL8nRqiYZ6gt8Q0tcqhi", "type": "message", "role": "assistant"}
-    message |= {"content": [], "model": "x", "stop_reason": None, "stop_sequence": None, "usage": usage}  # type: ignore[dict-item]
+    message: Json = {"id": "chatcmpl-eaO8AwfME3W0uL8nRqiYZ6gt8Q0tcqhi", "type": "message", "role": "assistant"}
+    message |= {"content": [], "model": "x", "stop_reason": None, "stop_sequence": None, "usage": usage}
     return wire("message_start", message=message)
 
 
@@ -199,6 +199,8 @@ async def proxied(stub: LlamaStub | None, run: Path, **settings: Any) -> AsyncIt
             return
         async with serving(stub.application()) as upstream:
             (run / "engine.port").write_text(upstream.rpartition(":")[2])
+            # else a test may end while the proxy still connects, and leave a transport behind
+            await eventually((run / "ready").exists)
             yield Proxy(url, run, session)
 
 

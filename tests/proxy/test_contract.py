@@ -190,7 +190,7 @@ def test_a_late_piece_of_a_call_that_has_ended_is_an_error() -> None:
 
 def test_thinking_comes_as_a_block_of_its_own() -> None:
     narrator = Narrator("tiny")
-    events = [Prompt(3), Thinking("hm"), Thinking("!"), Text("42"), Done("end_turn", 3)]
+    events: list[AnswerEvent] = [Prompt(3), Thinking("hm"), Thinking("!"), Text("42"), Done("end_turn", 3)]
     told = [event for said in events for event in narrator.tell(said)]
     check_grammar(told)
     assert collect(told)["content"] == [{"type": "thinking", "thinking": "hm!", "signature": ""}, said("42")]

@@ -66,9 +66,16 @@ def front() -> Iterator[Front]:
 @pytest.fixture
 def stage(tmp_path: Path, front: Front) -> Iterator[Stage]:
     flags = {
-        "market_url": "http://127.0.0.1:9", "api_key": "account-key-0123456789", "engine": "llamacpp", "model": MODEL, "context": CONTEXT,
-        "model_url": "http://127.0.0.1:9/model.gguf", "model_bytes": 491_400_064, "disk": 30.0, "listing_lag": 60.0,
-    }  # fmt: skip
+        "market_url": "http://127.0.0.1:9",
+        "api_key": "account-key-0123456789",
+        "engine": "llamacpp",
+        "model": MODEL,
+        "context": CONTEXT,
+        "model_url": "http://127.0.0.1:9/model.gguf",
+        "model_bytes": 491_400_064,
+        "disk": 30.0,
+        "listing_lag": 60.0,
+    }
     settings = config.load("default", flags=flags, env={"SELFHOST_HOME": str(tmp_path)})
     settings.paths.make()
     clock = FakeClock()
