@@ -155,7 +155,7 @@ install_packages() { # packages…
 # $SELFHOST_TEST_WORKERS > 0: that many processes; tests of one xdist group stay together.
 run_tests() { # pytest's arguments…
   local report code=0 workers=() name
-  if ((${SELFHOST_TEST_WORKERS:-0} > 0)); then workers=(-n "$SELFHOST_TEST_WORKERS" --dist loadgroup); fi
+  if ((${SELFHOST_TEST_WORKERS:-2} > 0)); then workers=(-n "${SELFHOST_TEST_WORKERS:-2}" --dist loadgroup); fi
   # The user's own settings and keys are none of the tests' business.
   for name in $(compgen -e SELFHOST_) $(compgen -e VAST_); do
     if [[ $name != SELFHOST_TEST_* ]]; then unset "$name"; fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -28,7 +29,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         (Path(home) / "cache").symlink_to(cache)
         env = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-        env |= {"HOME": home, "SELFHOST_HOME": home, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
+        env |= {
+            "HOME": home,
+            "SELFHOST_HOME": home,
+            "FORCE_COLOR": "1",
+            "COLUMNS": str(WIDTH),
+            "TERM": "xterm-256color",
+        }
         done = subprocess.run(
             [sys.executable, "-m", "selfhost_cli", "demo"],
             env=env,
@@ -39,7 +46,7 @@ def main() -> None:
             check=True,
         )
         text = Text.from_ansi("$ selfhost demo\n" + done.stdout.replace(home, "~"))
-    console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"))
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
     console.print(text)
     (DOCS / "demo.svg").write_text(console.export_svg(title="selfhost demo", clear=False))
     lines = [line.rstrip() for line in console.export_text(styles=False).splitlines()]

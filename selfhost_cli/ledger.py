@@ -148,7 +148,8 @@ class Ledger:
 
     def usage(self, label: str) -> Usage:
         sums = self._rows(
-            "SELECT count(*), total(input_tokens), total(cached_tokens), total(output_tokens) FROM usage WHERE label = ?",
+            "SELECT count(*), total(input_tokens), total(cached_tokens), total(output_tokens)"
+            " FROM usage WHERE label = ?",
             label,
         )[0]
         return Usage(*(int(value) for value in sums))

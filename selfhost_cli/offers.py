@@ -1,4 +1,4 @@
-"""Choosing what to rent. Pure: need + limits + offers -> ranked by what it really costs, and why each other was refused."""
+"""Choosing what to rent: need + limits + offers -> ranked by real cost, and why each other one was refused. Pure."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from selfhost_cli import __version__, attach, config, lifecycle
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import SelfhostError
 from selfhost_cli.keeper import wiring
-from selfhost_cli.keeper.links import Link, Tunnel
+from selfhost_cli.keeper.links import Line, Link
 from selfhost_cli.ledger import Ledger, Usage
 from selfhost_cli.lock import ProcessLock
 from selfhost_cli.model import Endpoint, Event, Rental, State
@@ -106,21 +106,19 @@ class _Keeper:
         self._rentals = self._ledger.live()
 
     def _relink(self) -> None:
-        """One link per reachable rental, none for those that are to end."""
-        wanted = {
-            rental.label: rental
-            for rental in self._rentals
-            if rental.state in (State.INSTALLING, State.READY) and rental.proxy_port is not None
-        }
-        for label in self._links.keys() - wanted.keys():
-            self._links.pop(label).stop()
+        """One link per rental that ssh reaches, none for those that are to end, a new one once the proxy has a port."""
+        wanted = {rental.label: rental for rental in self._rentals if rental.state in (State.INSTALLING, State.READY)}
+        for label, link in list(self._links.items()):
+            rental = wanted.get(label)
+            if rental is None or rental.proxy_port != link.rental.proxy_port:
+                self._links.pop(label).stop()
         for label, rental in wanted.items():
             if label not in self._links:
-                self._links[label] = Link(rental, self._open_tunnel, self._endpoints)
+                self._links[label] = Link(rental, self._open_line, self._endpoints)
                 self._links[label].start()
 
-    def _open_tunnel(self, rental: Rental, endpoint: Endpoint) -> Tunnel:
-        return wiring.open_tunnel(self._settings, rental, endpoint)
+    def _open_line(self, rental: Rental, endpoint: Endpoint) -> Line:
+        return wiring.open_line(self._settings, rental, endpoint)
 
     def _endpoints(self, rental: Rental) -> Sequence[Endpoint]:
         """Where the market says the box is now; called from a link's thread."""

@@ -1,4 +1,4 @@
-"""One rental's tunnel and lease: a thread that connects, renews, notices and reconnects."""
+"""One rental's lease and tunnel: a thread that connects, renews, notices and reconnects."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ REFRESH_AFTER = 3
 log = logging.getLogger("selfhost.keeper")
 
 
-class Tunnel(Protocol):
-    """What `remote.tunnel.Tunnel` gives."""
+class Line(Protocol):
+    """A connection to a box: a `remote.tunnel.Tunnel`, or a bare one while there is no proxy to forward to."""
 
     @property
-    def port(self) -> int: ...
+    def port(self) -> int | None:
+        """The local end of the tunnel; None when nothing is forwarded."""
+        ...
+
     def run(self, command: str, *, timeout: float) -> Result: ...
     def close(self) -> None: ...
 
@@ -40,7 +43,7 @@ class Link(threading.Thread):
     def __init__(
         self,
         rental: Rental,
-        open_tunnel: Callable[[Rental, Endpoint], Tunnel],
+        open_line: Callable[[Rental, Endpoint], Line],
         endpoints: Callable[[Rental], Sequence[Endpoint]],
     ) -> None:
         super().__init__(name=f"link-{rental.instance_id}", daemon=True)
@@ -49,7 +52,7 @@ class Link(threading.Thread):
         self.reason = ""
         self.port: int | None = None
         self.down_since: float | None = time.monotonic()
-        self._open_tunnel = open_tunnel
+        self._open_line = open_line
         self._endpoints = endpoints
         self._stopping = threading.Event()
 
@@ -57,8 +60,8 @@ class Link(threading.Thread):
         failures = 0
         candidates: Sequence[Endpoint] = (self.rental.endpoint,) if self.rental.endpoint else ()
         while not self._stopping.is_set():
-            tunnel = self._connect(candidates)
-            if tunnel is None:
+            line = self._connect(candidates)
+            if line is None:
                 failures += 1
                 if failures % REFRESH_AFTER == 0 or not candidates:
                     candidates = self._endpoints(self.rental) or candidates
@@ -66,44 +69,45 @@ class Link(threading.Thread):
                 continue
             failures = 0
             try:
-                self._hold(tunnel)
+                self._hold(line)
             finally:
                 self._set("reconnecting", self.reason, None)
-                tunnel.close()
+                line.close()
         self._set("stopped", "", None)
 
     def stop(self) -> None:
         """Ask the thread to end; the tunnel closes within the answer's deadline."""
         self._stopping.set()
 
-    def _connect(self, candidates: Sequence[Endpoint]) -> Tunnel | None:
+    def _connect(self, candidates: Sequence[Endpoint]) -> Line | None:
         for endpoint in candidates:
             try:
-                return self._open_tunnel(self.rental, endpoint)
+                return self._open_line(self.rental, endpoint)
             except NotYet as error:
                 if error.message != self.reason:
                     log.info("box %s: %s", self.rental.instance_id, error.message)
                 self._set(self.state, error.message, None)
         return None
 
-    def _hold(self, tunnel: Tunnel) -> None:
+    def _hold(self, line: Line) -> None:
         """Renew the lease until that fails or we are to stop."""
         while not self._stopping.is_set():
             try:
-                answer = tunnel.run(install.RENEW_LEASE, timeout=ANSWER_S)
+                answer = line.run(install.RENEW_LEASE, timeout=ANSWER_S)
             except ConnectionLost as error:
                 log.warning("box %s: %s", self.rental.instance_id, error.message)
                 self.reason = error.message
                 return
             if answer.code != 0:
                 log.warning("box %s: the lease cannot be renewed: %s", self.rental.instance_id, answer.err.strip())
-            if self.state != "up":
-                log.info("box %s: tunnel up on port %s", self.rental.instance_id, tunnel.port)
-            self._set("up", "", tunnel.port)
+            state = "up" if line.port else "installing"
+            if self.state != state:
+                log.info("box %s: %s, local port %s", self.rental.instance_id, state, line.port)
+            self._set(state, "", line.port)
             self._stopping.wait(RENEW_EVERY_S)
 
     def _set(self, state: str, reason: str, port: int | None) -> None:
-        if state == "up":
+        if state in ("up", "installing"):
             self.down_since = None
         elif self.down_since is None:
             self.down_since = time.monotonic()

@@ -7,16 +7,18 @@ import os
 from selfhost_cli import lifecycle
 from selfhost_cli.config import LIVE_MARKET, Settings
 from selfhost_cli.errors import NotSetUp
-from selfhost_cli.keeper.links import Tunnel
+from selfhost_cli.keeper.links import Line
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.model import Endpoint, Rental
-from selfhost_cli.remote import tunnel
+from selfhost_cli.remote import ssh, tunnel
 
 
-def open_tunnel(settings: Settings, rental: Rental, endpoint: Endpoint) -> Tunnel:
-    """Connect to a rental's box and forward to its proxy. Raises NotYet."""
-    assert rental.proxy_port is not None
-    return tunnel.Tunnel(endpoint, rental.host_key, settings.paths.login_key, rental.proxy_port)
+def open_line(settings: Settings, rental: Rental, endpoint: Endpoint) -> Line:
+    """Connect to a rental's box, and forward to its proxy once that has a port. Raises NotYet."""
+    login = settings.paths.login_key
+    if rental.proxy_port is None:
+        return ssh.connect(endpoint, rental.host_key, login)
+    return tunnel.Tunnel(endpoint, rental.host_key, login, rental.proxy_port)
 
 
 def books(settings: Settings, ledger: Ledger, report: lifecycle.Report) -> lifecycle.Books:

@@ -71,6 +71,9 @@ def connect(endpoint: Endpoint, host_key: str, login_key: Path) -> SshRemote:
 class SshRemote:
     """`remote.Remote` over one paramiko transport."""
 
+    port: int | None = None
+    """Nothing is forwarded; see `tunnel.Tunnel`."""
+
     def __init__(self, transport: paramiko.Transport) -> None:
         self._transport = transport
 

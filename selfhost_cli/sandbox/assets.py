@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import importlib.util
 import os
 import platform
 import re
@@ -31,6 +30,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import IO, Final
 
@@ -570,7 +570,8 @@ _PIP_OPTIONS: Final = (
 
 def _pip(job: _Job) -> list[str]:
     """A pip to run: ours, or that of a throw-away environment when the interpreter has none (pipx, uv)."""
-    if importlib.util.find_spec("pip"):
+    # Not importlib.util.find_spec: setuptools hooks into that one, and warns.
+    if PathFinder.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     python = job.work / "pip" / "bin" / "python"
     if not python.exists():
@@ -645,7 +646,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _answer(cache: Path | None, only_missing: bool, only_ready: bool) -> int:
-    if only_missing and not cache and not importlib.util.find_spec("platformdirs"):  # before there is an environment
+    if only_missing and not cache and not PathFinder.find_spec("platformdirs"):  # before there is an environment
         sys.stdout.writelines(f"{package}\n" for package in missing_tools())
         return 0
     cache = cache or default_cache()

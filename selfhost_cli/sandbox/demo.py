@@ -33,7 +33,7 @@ from selfhost_cli.wait import Pending, until
 PROFILE = "demo"
 MODEL = "qwen2.5-coder-0.5b"
 CONTEXT = 32_768
-SYSTEM_PROMPT = "You are a coding assistant. Use the tools. Answer in one short sentence."
+SYSTEM_PROMPT = "You are a helpful coding assistant."
 
 Say = Callable[[str], None]
 

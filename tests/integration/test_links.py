@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from selfhost_cli.keeper.links import Link
-from selfhost_cli.keeper.links import Tunnel as TunnelProtocol
+from selfhost_cli.keeper.links import Line, Link
 from selfhost_cli.model import Endpoint, Rental, State
+from selfhost_cli.remote.ssh import connect
 from selfhost_cli.remote.tunnel import Tunnel
 from tests.fakes.rental import make_rental
 from tests.integration.conftest import Box
@@ -24,15 +24,22 @@ pytestmark = pytest.mark.box
 def make_link(box: Box) -> Iterator[Callable[..., Link]]:
     made: list[Link] = []
 
-    def open_tunnel(rental: Rental, endpoint: Endpoint) -> TunnelProtocol:
-        assert rental.proxy_port is not None
+    def open_line(rental: Rental, endpoint: Endpoint) -> Line:
+        if rental.proxy_port is None:
+            return connect(endpoint, rental.host_key, box.login_key)
         return Tunnel(endpoint, rental.host_key, box.login_key, rental.proxy_port)
 
-    def make(endpoint: Endpoint | None = None, endpoints: tuple[Endpoint, ...] = ()) -> Link:
+    def make(
+        endpoint: Endpoint | None = None, endpoints: tuple[Endpoint, ...] = (), proxy_port: int | None = 80
+    ) -> Link:
         rental = make_rental(
-            state=State.READY, instance_id=1, endpoint=endpoint or box.endpoint, proxy_port=80, host_key=box.host_key
+            state=State.READY,
+            instance_id=1,
+            endpoint=endpoint or box.endpoint,
+            proxy_port=proxy_port,
+            host_key=box.host_key,
         )
-        made.append(Link(rental, open_tunnel, lambda rental: endpoints))
+        made.append(Link(rental, open_line, lambda rental: endpoints))
         made[-1].start()
         return made[-1]
 
@@ -53,6 +60,14 @@ def test_a_link_comes_up_and_renews_the_lease(make_link: Callable[..., Link], bo
     assert lease.exists()
     before = lease.stat().st_mtime_ns
     until(lambda: lease.stat().st_mtime_ns > before)
+
+
+def test_the_lease_is_renewed_while_there_is_no_proxy_to_forward_to(make_link: Callable[..., Link], box: Box) -> None:
+    lease = box.home / ".selfhost" / "run" / "lease"
+    lease.unlink(missing_ok=True)
+    link = make_link(proxy_port=None)
+    until(lease.exists)
+    assert (link.state, link.port) == ("installing", None)
 
 
 def test_a_killed_session_is_noticed_and_replaced(make_link: Callable[..., Link], box: Box) -> None:

@@ -1,12 +1,8 @@
-"""The engine side before llama.cpp's real server with a real model.
-
-SELFHOST_TEST_ENGINE_PYTHON is a python with `xllamacpp`, SELFHOST_TEST_MODEL the GGUF; without them: skipped.
-"""
+"""The engine side before llama.cpp's real server with a real model."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +13,8 @@ from typing import Any
 import pytest
 
 import selfhost_cli
+from selfhost_cli.sandbox import assets
+from selfhost_cli.sandbox.assets import Assets
 from tests.proxy.kit import HI, Proxy, assert_error, asynchronous, check_grammar, proxied, texts
 
 pytestmark = pytest.mark.e2e
@@ -41,16 +39,24 @@ TASK: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def engine_python(downloads: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the engine's wheel, installed as install.sh does it on a box."""
+    venv = tmp_path_factory.mktemp("engine-venv")
+    subprocess.run([downloads.python, "-m", "venv", venv], check=True)
+    offline = ["--no-index", "--find-links", downloads.wheels, "--no-cache-dir", "--disable-pip-version-check"]
+    pip = [venv / "bin" / "python", "-m", "pip", "install", "--quiet", *offline]
+    subprocess.run([*pip, assets.BOX_REQUIREMENTS["engine"]], check=True)
+    return venv / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def engine(downloads: Assets, engine_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The port file of an engine that is up."""
-    python, model = (os.environ.get(f"SELFHOST_TEST_{name}") for name in ("ENGINE_PYTHON", "MODEL"))
-    if not python or not model:
-        pytest.skip("no real engine: SELFHOST_TEST_ENGINE_PYTHON and SELFHOST_TEST_MODEL are not set")
     folder = tmp_path_factory.mktemp("engine")
     port, log = folder / "engine.port", folder / "engine.log"
-    args = ["--model", model, "--alias", "tiny", "--context", str(CONTEXT), "--port-file", str(port)]
+    args = ["--model", str(downloads.model), "--alias", "tiny", "--context", str(CONTEXT), "--port-file", str(port)]
     with log.open("wb") as output:
-        process = subprocess.Popen([python, str(LAUNCHER), *args], stdout=output, stderr=output)
+        process = subprocess.Popen([engine_python, str(LAUNCHER), *args], stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 60
         while not port.exists():

@@ -96,4 +96,5 @@ class MarketProcess:
             assert self.process.wait(20) == 0
         self.control.close()
         assert list((self.state / "boxes").glob("*")) == []
-        assert self.errors.read_text() == ""
+        said = self.errors.read_text()
+        assert not said, said

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["setup", "demo", "test", "test-long", "check", "format"]
+COMMANDS = ["check", "demo", "format", "record-demo", "setup", "test", "test-long"]
 SCRIPTS = [ROOT / "scripts" / name for name in [*COMMANDS, "lib.sh"]] + [ROOT / ".ci" / "run"]
 
 
