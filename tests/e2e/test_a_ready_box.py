@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import stat
+import sys
 from pathlib import Path
 
 import httpx
@@ -140,3 +142,30 @@ def test_no_key_and_no_foreign_token_is_on_the_box(ready: Stage) -> None:
         if path.is_file() and path.stat().st_size < 1_000_000:
             text = path.read_text(errors="replace")
             assert not any(secret in text for secret in secrets), path
+
+
+def on_a_terminal(stage: Stage, *words: str, answers: bytes = b"") -> tuple[int, str]:
+    """Run a command under a pseudo-terminal, as a person does; its exit code and what the screen showed."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(stage.home)
+        os.execve(sys.executable, [sys.executable, "-m", "selfhost_cli", "--profile", "demo", *words], stage.env)
+    if answers:
+        os.write(terminal, answers)
+    shown = b""
+    while True:
+        try:
+            data = os.read(terminal, 65536)
+        except OSError:  # the other side has ended
+            break
+        if not data:
+            break
+        shown += data
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode(errors="replace")
+
+
+def test_up_on_a_terminal_becomes_claude_with_the_arguments_behind_the_dashes(ready: Stage) -> None:
+    code, shown = on_a_terminal(ready, "up", "--", "--version")
+    assert code == 0, shown
+    assert "2.1.330" in shown

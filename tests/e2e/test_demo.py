@@ -1,0 +1,96 @@
+"""`selfhost demo`, the README's first promise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.stage import until
+
+pytestmark = pytest.mark.e2e
+
+SYSTEM = ("/boot", "/etc", "/home", "/opt", "/root", "/run", "/srv", "/usr", "/var")
+
+
+def changed_since(moment: float, *, but: list[Path]) -> list[str]:
+    """Files of the system whose content or rights changed since then."""
+    pruned = [word for path in but for word in ("-path", str(path), "-prune", "-o")]
+    roots = [root for root in SYSTEM if Path(root).is_dir()]
+    found = subprocess.run(
+        ["find", *roots, "-xdev", *pruned, "-newerct", f"@{moment}", "-not", "-type", "d", "-print"],
+        capture_output=True,
+        text=True,
+        check=False,  # what an ordinary user may not look at, he did not write
+    )
+    return found.stdout.splitlines()
+
+
+def processes_of(home: Path) -> list[str]:
+    """Command lines of what still runs with this home."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(home).encode() in (entry / "environ").read_bytes():
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def test_the_demo_does_the_whole_job_and_leaves_nothing_behind(cache: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "cache").symlink_to(cache)
+    began = time.time()
+    done = subprocess.run(
+        [sys.executable, "-B", "-m", "selfhost_cli", "demo"],
+        env={"PATH": os.environ["PATH"], "HOME": str(home), "SELFHOST_HOME": str(home)},
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "simulated GPU" in done.stderr
+    assert "nothing is billed any more" in done.stdout
+    assert "per million tokens" in done.stdout
+    word = (home / "state" / "demo" / "work" / "note.txt").read_text().split()[-1].rstrip(".")
+    assert word in done.stdout
+    until(lambda: not processes_of(home))
+    assert sorted(entry.name for entry in home.iterdir()) == ["cache", "config", "state"]
+    checkout = Path(__file__).parent.parent.parent
+    assert changed_since(began, but=[checkout, tmp_path.parent.parent, cache.resolve()]) == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody else")
+def test_the_first_command_of_the_readme_works_for_an_ordinary_user_in_a_fresh_clone(tmp_path: Path) -> None:
+    checkout = Path(__file__).parent.parent.parent
+    place = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
+    try:
+        subprocess.run(["git", "clone", "--quiet", str(checkout), str(place / "selfhost")], check=True)
+        (place / "home").mkdir()
+        subprocess.run(["chown", "-R", "nobody", str(place)], check=True)
+        kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "PYTHONPATH")}
+        done = subprocess.run(
+            ["su", "nobody", "-s", "/bin/bash", "-c", "scripts/demo"],
+            env={**kept, "HOME": str(place / "home"), "PATH": "/usr/local/bin:/usr/bin:/bin"},
+            cwd=place / "selfhost",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=800,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "nothing is billed any more" in done.stdout
+    finally:
+        subprocess.run(["rm", "-rf", str(place)], check=True)
