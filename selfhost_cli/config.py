@@ -74,6 +74,10 @@ class Paths:
     def up_lock(self) -> Path:
         return self.state / "up.lock"
 
+    @property
+    def down_lock(self) -> Path:
+        return self.state / "down.lock"
+
     def make(self) -> None:
         """Create the directories, readable by their owner only."""
         for path in (self.config, self.state, self.cache):
@@ -143,6 +147,8 @@ NAMES = tuple(f.name for f in fields(Settings) if f.metadata)
 NOT_SETTINGS = ("profile", "paths", "sources")
 FLAGS = ("gpu", "region", "max_price", "model", "engine", "disk", "hours", "max_spend", "idle", "port", "unguarded")
 """The settings that `selfhost up` takes as options."""
+POSITIVE = ("hours", "max_spend", "idle", "lease", "boot_timeout", "install_timeout", "poll", "port", "context")
+"""Zero would end a box at once, or never."""
 
 
 def paths(profile: str, env: Mapping[str, str]) -> Paths:
@@ -167,16 +173,25 @@ def load(profile: str, *, flags: Mapping[str, object] | None = None, env: Mappin
     where = paths(profile, env)
     values: dict[str, Any] = {}
     sources = dict.fromkeys(NAMES, Source.DEFAULT)
+    # In each layer the market comes before its key.
     layers: list[tuple[Source, Mapping[str, object]]] = [
         (Source.FILE, _read_file(where.config_file)),
         (Source.ENVIRONMENT, _read_env(env)),
         (Source.FLAG, {k: v for k, v in (flags or {}).items() if v is not None}),
     ]
     for source, layer in layers:
-        for name, value in layer.items():
+        for name, value in sorted(layer.items(), key=lambda item: item[0] == "api_key"):
+            if name == "api_key" and not _belongs(source, sources["market_url"], values.get("market_url")):
+                continue
             values[name] = _cast(name, value, source)
             sources[name] = source
+    values["market_url"] = str(values.get("market_url", LIVE_MARKET)).rstrip("/")
     return Settings(profile=profile, paths=where, sources=sources, **values)
+
+
+def _belongs(key: Source, market: Source, url: object) -> bool:
+    """A key is for the market it was set for: one of the environment never goes to a market that a file names."""
+    return key <= market or url in (None, LIVE_MARKET)
 
 
 def installation_id(where: Paths) -> str:
@@ -225,7 +240,7 @@ def _read_env(env: Mapping[str, str]) -> dict[str, object]:
         value = env.get(f"SELFHOST_{name.upper()}")
         if value:
             found[name] = value
-    if "api_key" not in found and env.get("VAST_API_KEY"):
+    if "api_key" not in found and "market_url" not in found and env.get("VAST_API_KEY"):
         found["api_key"] = env["VAST_API_KEY"]
     return found
 
@@ -239,13 +254,13 @@ def _cast(name: str, value: object, source: Source) -> object:
         raise UsageError(f"unknown setting {name!r} ({source.name.lower()}).{hint}")
     kind = next(str(f.type) for f in fields(Settings) if f.name == name)
     try:
-        return _convert(kind, value)
+        return _convert(name, kind, value)
     except (TypeError, ValueError) as error:
         shown = "(hidden)" if name == "api_key" else repr(value)
         raise UsageError(f"{name} = {shown} ({source.name.lower()}): {error}") from error
 
 
-def _convert(kind: str, value: object) -> object:
+def _convert(name: str, kind: str, value: object) -> object:
     if kind == "bool":
         return _boolean(value)
     if kind == "str":
@@ -255,6 +270,8 @@ def _convert(kind: str, value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("expected a number")
     number = float(value)
+    if name in POSITIVE and number == 0:
+        raise ValueError("expected more than zero")
     if not 0 <= number < float("inf"):
         raise ValueError("expected a number, zero or more")
     if kind != "int":

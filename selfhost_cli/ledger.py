@@ -12,7 +12,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -56,22 +56,45 @@ class Usage:
 
 
 class Ledger:
-    """One profile's ledger. Cheap to open; safe to use from several processes, one object per thread."""
+    """One profile's ledger. Cheap to open; safe to use from several processes, one object per thread.
+
+    Every method raises LedgerBroken when the file cannot be used.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.broken = ""
         try:
             # Created by us and not by SQLite, which would leave the mode to the umask.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
+            opened = os.stat(path)
+            self._identity = (opened.st_dev, opened.st_ino)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._migrate()
         except (OSError, sqlite3.Error) as error:
             raise _broken(path, error) from error
 
+    @classmethod
+    def in_memory(cls, broken: str) -> Ledger:
+        """An empty stand-in for a ledger that cannot be used, for `down`; `broken` says why."""
+        ledger = cls.__new__(cls)
+        ledger.path, ledger.broken, ledger._identity = Path(":memory:"), broken, (0, 0)
+        ledger._db = sqlite3.connect(":memory:", isolation_level=None)
+        ledger._migrate()
+        return ledger
+
     def close(self) -> None:
         self._db.close()
+
+    def current(self) -> bool:
+        """Whether the path still is the file that was opened: people move a ledger away, or lose it."""
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            return False
+        return (now.st_dev, now.st_ino) == self._identity
 
     def check(self) -> None:
         """Prove that it is whole and can be written, before money depends on it. Raises LedgerBroken."""
@@ -167,7 +190,13 @@ class Ledger:
                 )
 
     def _select(self, where: str, *values: object) -> list[Rental]:
-        return [_decode(row[0]) for row in self._rows(f"SELECT record FROM rentals {where}", *values)]
+        return [self._read(row[0]) for row in self._rows(f"SELECT record FROM rentals {where}", *values)]
+
+    def _read(self, record: str) -> Rental:
+        try:
+            return _decode(record)
+        except (ValueError, TypeError, KeyError) as error:
+            raise _broken(self.path, f"a record in it makes no sense: {error}") from error
 
     def _rows(self, query: str, *values: object) -> list[Any]:
         try:
@@ -179,7 +208,7 @@ class Ledger:
         row = db.execute("SELECT record FROM rentals WHERE label = ?", (label,)).fetchone()
         if row is None:
             raise Superseded(f"rental {label} is not in the ledger any more")
-        return _decode(row[0])
+        return self._read(row[0])
 
     def _write(self, db: sqlite3.Connection, rental: Rental) -> Rental:
         before = db.execute("SELECT state FROM rentals WHERE label = ?", (rental.label,)).fetchone()[0]
@@ -198,14 +227,16 @@ class Ledger:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
+            yield self._db
             self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise _broken(self.path, error) from error
+        except BaseException as error:
+            # A signal may come between any two of these lines, and a full disk with the last.
+            with suppress(sqlite3.Error):
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise _broken(self.path, error) from error
+            raise
 
 
 def _broken(path: Path, why: object) -> SelfhostError:

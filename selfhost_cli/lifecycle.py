@@ -16,7 +16,7 @@ import secrets
 import signal
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -39,9 +39,9 @@ from selfhost_cli.errors import (
     UsageError,
 )
 from selfhost_cli.invoice import Invoice, invoice
-from selfhost_cli.ledger import Ledger
+from selfhost_cli.ledger import Ledger, LedgerBroken, Usage
 from selfhost_cli.lock import ProcessLock
-from selfhost_cli.model import BoxSpec, BoxState, Caps, Endpoint, Event, Instance, Need, Rental, State
+from selfhost_cli.model import Account, BoxSpec, BoxState, Caps, Endpoint, Event, Instance, Need, Rental, State
 from selfhost_cli.providers import Provider
 from selfhost_cli.remote import NotYet, Remote
 from selfhost_cli.wait import SYSTEM, Clock, Pending, TimedOut, until
@@ -53,6 +53,8 @@ CREATE_PAUSE_S = 5.0
 ARM_S = 60.0
 TUNNEL_S = 60.0
 STOP_UP_S = 30.0
+AGAIN_S = 20.0
+"""Until a box that is still listed is destroyed once more."""
 ANY_INSTALLATION = "selfhost-"
 
 
@@ -109,7 +111,7 @@ class Plan:
     context: int
     disk_gb: float
     hours: float
-    credit: float
+    account: Account
     simulated: bool
 
     @property
@@ -124,6 +126,7 @@ class Ended:
     invoices: tuple[Invoice, ...]
     unknown: tuple[Instance, ...]
     foreign: tuple[Instance, ...]
+    ledger_problem: str = ""
 
 
 # --- up ---------------------------------------------------------------------------------------------------------
@@ -131,7 +134,6 @@ class Ended:
 
 def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = True) -> Rental:
     """Bring a ready box up: resume or reuse what is already paid for, else rent. Returns the READY rental."""
-    preflight(world, needs_claude=needs_claude)
     lock = ProcessLock(world.settings.paths.up_lock)
     if not lock.acquire():
         raise UsageError(
@@ -139,6 +141,10 @@ def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = Tr
             "Wait for it, or end it and its box with `selfhost down`.",
         )
     with lock:
+        # Held from here on, so that a `down` which begins now ends us before it proves that nothing is left.
+        if ProcessLock(world.settings.paths.down_lock).holder() is not None:
+            raise UsageError("a `selfhost down` of this profile is running", "Run `selfhost up` again when it is done.")
+        preflight(world, needs_claude=needs_claude)
         rental = _unfinished(world)
         if rental is None:
             plan = make_plan(world)
@@ -195,12 +201,12 @@ def make_plan(world: World) -> Plan:
         raise NothingToRent(
             _why_nothing(world, need, download), "Loosen --max-price, --region, --disk or --hours, or try later."
         )
-    credit = world.provider.account().credit
+    account = world.provider.account()
     best = choice.ranked[0]
     least = best.offer.dph_total * (best.ready_s / 3600 + 1 / 6)
-    if credit < least:
+    if account.credit < least:
         raise NoCredit(
-            f"the account has ${credit:.2f}; getting ready and ten minutes of work cost ${least:.2f}",
+            f"the account has ${account.credit:.2f}; getting ready and ten minutes of work cost ${least:.2f}",
             "Add credit at https://cloud.vast.ai/billing/.",
         )
     caps = Caps(
@@ -217,7 +223,7 @@ def make_plan(world: World) -> Plan:
         context=settings.context,
         disk_gb=settings.disk_gb,
         hours=settings.hours,
-        credit=credit,
+        account=account,
         simulated=settings.sandbox,
     )
 
@@ -238,14 +244,15 @@ def login_key(world: World) -> tuple[Path, str]:
 
 def _unfinished(world: World) -> Rental | None:
     """The rental to go on with, after those that were to end have been ended."""
+    _check_market(world, world.ledger.live())
     for rental in world.ledger.live():
         if rental.state is State.ENDING:
             finish(world, rental)
-        elif rental.state is State.READY and _gone(world, rental):
-            world.ledger.end(rental.label, "the box ended by itself")
-            finish(world, rental)
+        elif rental.state is State.READY:
+            settle(world, rental)
     live = world.ledger.live()
-    unknown = [box for box in world.provider.instances(world.prefix) if box.label not in {r.label for r in live}]
+    known = {rental.label for rental in live}
+    unknown = [box for box in world.provider.instances(world.prefix) if box.label not in known]
     if unknown:
         raise MayBeBilling(
             f"box {unknown[0].id} (${unknown[0].dph_total:.2f}/h) carries our label, but the ledger does not know it",
@@ -255,7 +262,7 @@ def _unfinished(world: World) -> Rental | None:
 
 
 def _guarded(world: World, work: Callable[[], Rental]) -> Rental:
-    """Run a part of `up` that spends money: unless it gets READY, what it made is destroyed and proven gone."""
+    """Run a part of `up` that spends money: unless it returns, what it made is destroyed and proven gone."""
     try:
         return work()
     except Superseded:
@@ -266,17 +273,23 @@ def _guarded(world: World, work: Callable[[], Rental]) -> Rental:
 
 
 def _clean_up(world: World, cause: BaseException) -> None:
-    unready = [rental for rental in world.ledger.live() if rental.state is not State.READY]
+    """Only called while no box was READY before, so all that carries our prefix is this `up`'s."""
     reason = "interrupted" if isinstance(cause, KeyboardInterrupt) else str(cause)
+    rentals: list[Rental] = []
     try:
-        for rental in unready:
-            world.report(Event("down", "start", f"ending {rental}"))
-            world.ledger.end(rental.label, reason)
-            finish(world, rental)
-    except (SelfhostError, KeyboardInterrupt) as error:
-        if isinstance(error, MayBeBilling):
-            raise error from cause
-        raise _headline(unready, str(error) or "interrupted again while cleaning up") from cause
+        try:
+            rentals = world.ledger.live()
+            for rental in rentals:
+                world.ledger.end(rental.label, reason)
+            if not rentals:
+                return  # nothing was sent, or the market said no
+        except LedgerBroken as error:
+            world.report(Event("down", "note", f"{error.message}; ending what carries our label"))
+        _prove(world, rentals)
+    except MayBeBilling as error:
+        raise error from cause
+    except BaseException as error:
+        raise _headline(rentals, (), str(error) or "interrupted again while cleaning up") from cause
 
 
 def _rent(world: World, plan: Plan) -> Rental:
@@ -322,6 +335,7 @@ def _create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
         caps=plan.caps,
         host_key=host_public,
         box_token=secrets.token_urlsafe(32),
+        market=_market(settings, plan.account),
     )
     world.ledger.intend(rental)
     try:
@@ -463,7 +477,7 @@ def _install(world: World, rental: Rental) -> Rental:
     )
     try:
         _check_armed(world, remote)
-        installed = install.apply(remote, _install_spec(world, rental), world.report)
+        installed = install.apply(remote, _install_spec(world, rental), _until_deadline(world))
         rental = world.ledger.note(rental, proxy_port=installed.proxy_port)
         _check_health(world, rental)
     finally:
@@ -476,6 +490,22 @@ STEPS: dict[State, Callable[[World, Rental], Rental]] = {
     State.BOOTING: _boot,
     State.INSTALLING: _install,
 }
+
+
+def _until_deadline(world: World) -> Report:
+    """The report, which also ends an install that goes on for too long while it keeps talking."""
+    deadline = world.clock.monotonic() + world.settings.install_timeout * 60
+
+    def report(event: Event) -> None:
+        world.report(event)
+        if world.clock.monotonic() > deadline:
+            raise TimedOut(
+                f"the install: not within {world.settings.install_timeout:g} minutes; "
+                f"last seen: {event.stage} {event.text}",
+                "Run `selfhost up` for another box.",
+            )
+
+    return report
 
 
 def _connect(world: World, rental: Rental, login: Path) -> Remote | Pending:
@@ -566,64 +596,77 @@ def _why_nothing(world: World, need: Need, download: float) -> str:
 def down(books: Books, *, everything: bool = False) -> Ended:
     """End every box of this installation and prove it. Raises MayBeBilling when that cannot be proven.
 
-    `everything` also ends boxes of other installations of selfhost on this account; nothing else is ever touched.
+    Works without a usable ledger, from the labels alone. `everything` also ends boxes of other installations of
+    selfhost on this account; nothing else is ever touched.
     """
-    rentals = books.ledger.live()
-    try:
-        for rental in rentals:
-            books.ledger.end(rental.label, "down")
-        killed = _stop_up(books)
-        rentals = [books.ledger.get(rental.label) or rental for rental in books.ledger.live()]
-        unknown = _prove(books, rentals, everything=everything, wait_for_lag=killed or _unresolved(rentals))
-        foreign = [] if everything else _others(books)
-    except (MarketError, TimedOut) as error:
-        if not rentals:
-            raise
-        raise _headline(rentals, error.message) from error
-    invoices = [_bill(books, rental) for rental in rentals]
-    return Ended(tuple(invoices), tuple(unknown), tuple(foreign))
+    with ProcessLock(books.settings.paths.down_lock) as lock:
+        lock.acquire()  # a second `down` beside us does no harm: everything here may be done twice
+        rentals, broken = _record_ending(books)
+        _check_market(books, rentals)
+        _stop_up(books)
+        if not broken:
+            rentals = books.ledger.live()
+        unknown = _prove(books, rentals, everything=everything, distrust=broken)
+        foreign = () if everything else _others(books)
+        return Ended(tuple(_bill(books, rental) for rental in rentals), unknown, foreign, broken)
 
 
 def finish(books: Books, rental: Rental) -> Invoice:
     """End one rental that is recorded as ENDING: destroy, prove, record. Repeatable, by whoever gets to it."""
-    rental = books.ledger.get(rental.label) or rental
-    try:
-        _prove(books, [rental], everything=False, wait_for_lag=_unresolved([rental]), only=rental.label)
-    except (MarketError, TimedOut) as error:
-        raise _headline([rental], error.message) from error
+    _check_market(books, [rental])
+    _prove(books, [books.ledger.get(rental.label) or rental], only=rental.label)
     return _bill(books, rental)
 
 
 def settle(books: Books, rental: Rental) -> bool:
     """Whether a box has ended by itself (its watchdog, its host): recorded only when the market's list proves it."""
-    if not _gone(books, rental):
+    _check_market(books, [rental])
+    if any(box.id == rental.instance_id for box in books.provider.instances(rental.label)):
         return False
     books.ledger.end(rental.label, "the box ended by itself")
     finish(books, rental)
     return True
 
 
-def _unresolved(rentals: list[Rental]) -> bool:
-    return any(rental.sent_at is not None and rental.instance_id is None for rental in rentals)
+def _record_ending(books: Books) -> tuple[list[Rental], str]:
+    """ENDING for every live rental, and why that could not be written, if so."""
+    try:
+        rentals = books.ledger.live()
+        for rental in rentals:
+            books.ledger.end(rental.label, "down")
+    except LedgerBroken as error:
+        books.report(Event("down", "note", f"{error.message}; asking the market itself"))
+        return [], error.message
+    return rentals, books.ledger.broken
 
 
-def _gone(books: Books, rental: Rental) -> bool:
-    return not any(box.id == rental.instance_id for box in books.provider.instances(rental.label))
+def _market(settings: Settings, account: Account) -> str:
+    return f"{settings.market_url} account {account.id}"
 
 
-def _stop_up(books: Books) -> bool:
-    """End an `up` that is still running. True when there was one: what it sent last may not be listed yet."""
+def _check_market(books: Books, rentals: list[Rental]) -> None:
+    """Another market or account knows nothing of our boxes, and its silence would prove nothing."""
+    if not rentals:
+        return
+    try:
+        here = _market(books.settings, books.provider.account())
+    except MarketError as error:
+        raise _headline(rentals, (), error.message) from error
+    for rental in rentals:
+        if rental.market and rental.market != here:
+            raise _headline([rental], (), f"it was rented at {rental.market}, and this is {here}")
+
+
+def _stop_up(books: Books) -> None:
+    """End an `up` that is still running."""
     lock = ProcessLock(books.settings.paths.up_lock)
-    holder = lock.holder()
-    if not holder or holder == os.getpid():
-        return False
+    holder = _sure_holder(lock, books.clock)
+    if holder is None or holder == os.getpid():
+        return
     books.report(Event("down", "note", f"ending the `selfhost up` that is running (process {holder})"))
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.kill(holder, sign)
-        except ProcessLookupError:
-            break
-        try:
             until(
                 lambda: Pending("still running") if lock.holder() == holder else True,
                 what="the running `selfhost up`",
@@ -631,80 +674,137 @@ def _stop_up(books: Books) -> bool:
                 every=0.1,
                 clock=books.clock,
             )
-            break
+        except ProcessLookupError:
+            return
         except TimedOut:
             continue
-    return True
+        return
+
+
+def _sure_holder(lock: ProcessLock, clock: Clock) -> int | None:
+    """The same process id twice: for a moment a lock's file may still hold the one of an owner that was killed."""
+    for _ in range(20):
+        first = lock.holder()
+        if first is None:
+            return None
+        clock.sleep(0.05)
+        if first and lock.holder() == first:
+            return first
+    return None
 
 
 def _prove(
-    books: Books, rentals: list[Rental], *, everything: bool, wait_for_lag: bool, only: str = ""
-) -> list[Instance]:
-    """Destroy until a complete listing shows none of ours. Returns the boxes that the ledger did not know."""
+    books: Books, rentals: list[Rental], *, only: str = "", everything: bool = False, distrust: str = ""
+) -> tuple[Instance, ...]:
+    """Destroy until a complete listing shows none of ours, and return the boxes that the ledger did not know.
+
+    What the listing says decides; a destroy that fails is told and tried again. Absence counts only once the listing
+    can no longer lag behind the last possible create: of a rental without an id, of a young one, or, when the ledger
+    cannot be trusted, of any. Raises MayBeBilling naming what may be left.
+    """
     prefix = only or (ANY_INSTALLATION if everything else books.prefix)
     known = {rental.label for rental in rentals}
-    strangers: dict[int, Instance] = {}
-    asked: set[int] = set()
-    since = books.clock.monotonic()
+    numbers = [rental.instance_id for rental in rentals if rental.instance_id is not None]
+    listed: dict[int, Instance] = {}
+    asked: dict[int, float] = {}
+    problems: dict[int, str] = {}
+    lag, began = books.settings.listing_lag, books.clock.monotonic()
+    may_appear = bool(distrust) or any(_young(rental, lag, books.clock.time()) for rental in rentals)
+
+    def destroy(number: int) -> None:
+        asked[number] = books.clock.monotonic()
+        try:
+            books.provider.destroy(number)
+        except MarketError as error:
+            problems[number] = error.message
+            asked.pop(number)
+
+    def look() -> bool | Pending:
+        nonlocal may_appear
+        try:
+            boxes = books.provider.instances(prefix)
+        except KeyRefused:
+            raise
+        except MarketError as error:
+            return Pending(error.message)
+        for box in boxes:
+            listed[box.id] = box
+            if books.clock.monotonic() - asked.get(box.id, float("-inf")) > AGAIN_S:
+                destroy(box.id)
+        if boxes:
+            return Pending(problems.get(boxes[0].id) or f"the market still lists box {boxes[0].id}")
+        if may_appear and books.clock.monotonic() - began < lag:
+            return Pending("a box may still appear in the market's list")
+        if may_appear and numbers:
+            may_appear = False
+            for number in numbers:
+                destroy(number)  # the first time it may have been too young to be known
+            return Pending("asked once more")
+        return True
+
     for rental in rentals:
         if rental.instance_id is not None:
             books.report(Event("down", "start", f"destroying {rental}"))
-            books.provider.destroy(rental.instance_id)
-            asked.add(rental.instance_id)
+            destroy(rental.instance_id)
 
-    def look() -> bool | Pending:
-        try:
-            boxes = books.provider.instances(prefix)
-            for box in boxes:
-                if box.label not in known and box.id not in strangers:
-                    strangers[box.id] = box
-                if box.id not in asked or books.clock.monotonic() - since > books.settings.listing_lag:
-                    books.provider.destroy(box.id)
-                    asked.add(box.id)
-        except KeyRefused:
-            raise
-        except MarketUnreachable as error:
-            return Pending(error.message)
-        if boxes:
-            return Pending(f"the market still lists box {boxes[0].id}")
-        if wait_for_lag and books.clock.monotonic() - since < books.settings.listing_lag:
-            return Pending("a box may still appear in the market's list")
-        return True
+    def strangers() -> tuple[Instance, ...]:
+        return tuple(box for box in listed.values() if box.label not in known)
 
-    until(
-        look,
-        what="proof that nothing is left",
-        seconds=books.settings.listing_lag * 3 + 60,
-        every=books.settings.poll,
-        clock=books.clock,
-    )
-    for rental in rentals:
-        books.ledger.ended(rental.label, books.clock.time())
+    try:
+        until(
+            look, what="proof that nothing is left", seconds=lag * 3 + 60, every=books.settings.poll, clock=books.clock
+        )
+    except (MarketError, TimedOut, KeyboardInterrupt) as error:
+        if not rentals and not listed and isinstance(error, MarketError):
+            raise  # no sign of a box anywhere: this is about the key or the network
+        raise _headline(rentals, strangers(), str(error) or "interrupted") from error
+    _record_ended(books, rentals)
     books.report(Event("down", "done", "the market lists none of our boxes"))
-    return list(strangers.values())
+    return strangers()
 
 
-def _others(books: Books) -> list[Instance]:
+def _young(rental: Rental, lag: float, now: float) -> bool:
+    """Whether the listing may not know the box yet."""
+    return rental.sent_at is not None and (rental.instance_id is None or now - rental.sent_at < lag)
+
+
+def _record_ended(books: Books, rentals: list[Rental]) -> None:
+    for rental in rentals:
+        try:
+            books.ledger.ended(rental.label, books.clock.time())
+        except LedgerBroken as error:
+            books.report(Event("down", "note", f"the box is gone, but {error.message}"))
+
+
+def _others(books: Books) -> tuple[Instance, ...]:
     ours = books.prefix
-    return [box for box in books.provider.instances(ANY_INSTALLATION) if not box.label.startswith(ours)]
+    try:
+        boxes = books.provider.instances(ANY_INSTALLATION)
+    except MarketError as error:
+        books.report(Event("down", "note", f"other installations were not looked for: {error.message}"))
+        return ()
+    return tuple(box for box in boxes if not box.label.startswith(ours))
 
 
 def _bill(books: Books, rental: Rental) -> Invoice:
     """The invoice; the market's own figures when it has them. Not being able to ask is no reason to fail `down`."""
-    rental = books.ledger.get(rental.label) or rental
-    charges = None
-    if rental.instance_id is not None:
-        try:
+    usage, charges = Usage(), None
+    try:
+        rental = books.ledger.get(rental.label) or rental
+        usage = books.ledger.usage(rental.label)
+        if rental.instance_id is not None:
             charges = books.provider.charges(rental.instance_id, rental.sent_at or rental.created_at)
-        except MarketError as error:
-            books.report(Event("down", "note", f"no charges yet: {error.message}"))
-    return invoice(rental, books.ledger.usage(rental.label), charges, now=books.clock.time())
+    except (LedgerBroken, MarketError) as error:
+        books.report(Event("down", "note", f"the invoice is an estimate: {error.message}"))
+    return invoice(rental, usage, charges, now=books.clock.time())
 
 
-def _headline(rentals: list[Rental], why: str) -> MayBeBilling:
+def _headline(rentals: Sequence[Rental], strangers: Sequence[Instance], why: str) -> MayBeBilling:
     """Money may still flow: what, how much, and the command that ends it."""
-    told = ", ".join(str(rental) for rental in rentals) or "a box of this installation"
+    told = [str(rental) for rental in rentals]
+    told += [f"box {box.id} ({box.gpu}, ${box.dph_total:.2f}/h)" for box in strangers]
     return MayBeBilling(
-        f"{told} MAY STILL BE BILLING: {why}",
-        "Run `selfhost down` until it says that nothing is billed any more, or end it at https://cloud.vast.ai/instances/.",
+        f"{', '.join(told) or 'a box of this installation'} MAY STILL BE BILLING: {why}",
+        "Run `selfhost down` until it says that nothing is billed any more, or end it at "
+        "https://cloud.vast.ai/instances/.",
     )

@@ -109,6 +109,7 @@ class BoxSpec:
 class Account:
     """The market account behind the key."""
 
+    id: str
     credit: float
 
 
@@ -173,6 +174,8 @@ class Rental:
     caps: Caps
     host_key: str
     box_token: str = field(repr=False)
+    market: str = ""
+    """The market's URL and the account's id: only they can prove that the box is gone."""
     sent_at: float | None = None
     instance_id: int | None = None
     endpoint: Endpoint | None = None

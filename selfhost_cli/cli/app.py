@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -71,7 +71,7 @@ def up(
     from selfhost_cli import lifecycle
     from selfhost_cli.cli import entry, render, wiring
 
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
     if not interactive and not yes:
         raise UsageError("`selfhost up` asks before it rents, and this is no terminal", "Pass --yes.")
     flags: dict[str, Any] = {"gpu": gpu, "region": region, "max_price": max_price, "model": model, "engine": engine}
@@ -81,11 +81,13 @@ def up(
 
     def confirm(plan: lifecycle.Plan) -> bool:
         render.plan(plan)
-        return yes or typer.confirm("Rent it?", default=False, err=True)
+        try:
+            return yes or typer.confirm("Rent it?", default=False, err=True)
+        except typer.Abort:
+            raise KeyboardInterrupt from None
 
     with _signals_interrupt(), render.Talk() as talk, wiring.world(settings, talk) as world:
-        with wiring.billing_headline(settings.paths.ledger):
-            rental = lifecycle.up(world, confirm, needs_claude=launch)
+        rental = lifecycle.up(world, confirm, needs_claude=launch)
         url = world.keeper.start().url
     if json:
         render.as_json({"rental": rental, "url": url})
@@ -106,7 +108,7 @@ def down(
     from selfhost_cli.cli import render, wiring
 
     settings = _settings(ctx)
-    with render.Talk() as talk, wiring.world(settings, talk) as world, wiring.billing_headline(settings.paths.ledger):
+    with _signals_interrupt(), render.Talk() as talk, wiring.world(settings, talk, needs_ledger=False) as world:
         ended = lifecycle.down(world, everything=everything)
     render.as_json(ended) if json else render.ended(ended)
 
@@ -185,6 +187,10 @@ def _take_profile(argv: list[str]) -> tuple[str, list[str]]:
     return profile, rest
 
 
+def _is_terminal(stream: IO[str] | None) -> bool:
+    return stream is not None and stream.isatty()  # None: it was closed when we started
+
+
 def _version(on: bool) -> None:
     if on:
         print(__version__)
@@ -198,8 +204,11 @@ def _signals_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGTERM, signal.SIGHUP)}
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGHUP)}
     try:
+        for sign, handler in before.items():
+            if handler is not signal.SIG_IGN:  # nohup's wish
+                signal.signal(sign, interrupt)
         yield
     finally:
         for sign, handler in before.items():

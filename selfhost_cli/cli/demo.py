@@ -37,9 +37,12 @@ def run(*, keep: bool, engine: str) -> None:
         _command(["down"])
         if billed := market.billed():
             raise SelfhostError(f"the market still bills {billed} boxes", "This is a bug of ours: please report it.")
+    except BaseException:
+        keep = False  # what failed is nothing to play with
+        raise
     finally:
         if not keep:
-            market.shut_down()
+            sandbox.stop(where)
     _say(f"\nThe whole way took {time.monotonic() - began:.0f} s.")
 
 

@@ -46,6 +46,11 @@ def boundary(action: Callable[[], int]) -> int:
     except BrokenPipeError:
         _discard(1)
         return 128 + 13
+    except OSError as error:
+        if error.filename is None:
+            raise
+        say(f"selfhost: {error.filename}: {error.strerror}")
+        return NotSetUp.exit_code
 
 
 def say(text: str) -> None:

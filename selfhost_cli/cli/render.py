@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -31,8 +30,15 @@ from selfhost_cli.model import Caps, Event, Rental
 
 PROOF = "nothing is billed any more"
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would exit here, in the middle of whatever was being told; the error boundary knows better."""
+        raise BrokenPipeError
+
+
+out = _Console(highlight=False, soft_wrap=True)
+err = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def as_json(value: Any) -> None:
@@ -41,12 +47,16 @@ def as_json(value: Any) -> None:
 
 
 class Talk:
-    """Progress on stderr: a live display on a terminal, plain lines elsewhere. Use as a context manager."""
+    """Progress on stderr: a live display on a terminal, plain lines elsewhere. Use as a context manager.
+
+    Never raises: when nobody listens any more, what is being told about (a clean-up, say) must go on.
+    """
 
     MARKS: ClassVar = {"done": "[green]✓[/]", "skip": "[green]✓[/]", "fail": "[red]✗[/]", "note": "[yellow]![/]"}
 
     def __init__(self) -> None:
-        self._draws = sys.stderr.isatty()
+        self._draws = err.file.isatty()
+        self._deaf = False
         self._shown: Status | Progress | None = None
         self._stage = ""
         self._began = time.monotonic()
@@ -59,9 +69,20 @@ class Talk:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hide()
+        self._tell(self._hide)
 
     def __call__(self, event: Event) -> None:
+        self._tell(lambda: self._show(event))
+
+    def _tell(self, telling: Callable[[], None]) -> None:
+        if self._deaf:
+            return
+        try:
+            telling()
+        except OSError:
+            self._deaf = True
+
+    def _show(self, event: Event) -> None:
         if event.stage != self._stage and event.status in ("start", "progress"):
             self._stage, self._began, self._tenth = event.stage, time.monotonic(), -1
         if event.status in self.MARKS:
@@ -140,14 +161,14 @@ def plan(value: Plan) -> None:
         offer = ranked.offer
         table.add_row(
             "→" if rank == 1 else "",
-            offer.gpu,
+            escape(offer.gpu),
             f"{offer.dph_total:.3f}",
             f"${ranked.dollars:.2f}",
             f"{ranked.ready_s / 60:.0f} min",
             f"{offer.inet_down_mbps:.0f}",
             f"{offer.down_per_gb * 1000:.1f}",
             f"{offer.reliability:.3f}",
-            offer.place,
+            escape(offer.place),
         )
     err.print(table)
     others = len(value.choice.ranked) - 5
@@ -160,7 +181,7 @@ def plan(value: Plan) -> None:
     )
     err.print(
         f"It ends by itself: {_caps(value.caps)}. `selfhost down` destroys it with its disk. "
-        f"The account has ${value.credit:.2f}."
+        f"The account has ${value.account.credit:.2f}."
     )
 
 
@@ -173,25 +194,28 @@ def ended(value: Ended) -> None:
     for bill in value.invoices:
         _invoice(bill)
     for box in value.unknown:
-        out.print(f"also destroyed: box {box.id} ({box.label}), which the ledger did not know")
-    out.print(f"[green]✓[/] {PROOF}" if value.invoices or value.unknown else f"[green]✓[/] no box; {PROOF}")
+        out.print(f"also destroyed: box {box.id} ({escape(box.label)}), which the ledger did not know")
+    if value.ledger_problem:
+        out.print(f"[yellow]![/] {escape(value.ledger_problem)}; move that file away")
+    proof = PROOF if not value.foreign else "nothing of this installation is billed any more"
+    out.print(f"[green]✓[/] {proof}" if value.invoices or value.unknown else f"[green]✓[/] no box; {proof}")
     for box in value.foreign:
         out.print(
-            f"[yellow]![/] box {box.id} (${box.dph_total:.2f}/h, {box.label}) belongs to another installation "
+            f"[yellow]![/] box {box.id} (${box.dph_total:.2f}/h, {escape(box.label)}) belongs to another installation "
             "of selfhost; `selfhost down --all` ends it too"
         )
 
 
 def status(values: Sequence[state.Status]) -> None:
     if not values:
-        out.print(f"no box; {PROOF}")
+        out.print("the ledger knows of no box; `selfhost down` asks the market whether that is true")
     for value in values:
         _status(value)
 
 
 def _invoice(bill: Invoice) -> None:
     table = Table(
-        title=f"Invoice: {bill.gpu}, box {bill.instance_id or '(never existed)'}",
+        title=f"Invoice: {escape(bill.gpu)}, box {bill.instance_id or '(never existed)'}",
         box=None,
         title_justify="left",
         show_header=False,
@@ -222,9 +246,9 @@ def _status(value: state.Status) -> None:
     table.add_column()
     usage = value.so_far.usage
     for name, text in (
-        ("box", f"{rental} in {rental.place}, {rental.state}"),
+        ("box", escape(f"{rental} in {rental.place}, {rental.state}")),
         ("engine", f"{rental.engine}, {rental.model}, {value.box.get('context') or rental.context} tokens"),
-        ("tunnel", f"{value.tunnel} {value.reason}".strip() + (f", {value.url}" if value.url else "")),
+        ("tunnel", escape(f"{value.tunnel} {value.reason}".strip() + (f", {value.url}" if value.url else ""))),
         ("proxy", str(value.box.get("status") or "not asked")),
         ("tokens", f"{usage.input_tokens} in, {usage.output_tokens} out, {usage.requests} requests"),
         ("so far", f"${value.so_far.total:.4f} in {value.so_far.hours:.2f} h, traffic not counted"),

@@ -5,68 +5,89 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from selfhost_cli import attach, claude, lifecycle
 from selfhost_cli.attach import Front
 from selfhost_cli.config import LIVE_MARKET, Settings
-from selfhost_cli.errors import MarketError, MayBeBilling, NotSetUp
-from selfhost_cli.ledger import Ledger
+from selfhost_cli.errors import MayBeBilling, NotSetUp, SelfhostError, UsageError
+from selfhost_cli.ledger import Ledger, LedgerBroken
 from selfhost_cli.model import Event
 from selfhost_cli.providers import Provider
 
 
 @contextmanager
-def world(settings: Settings, report: Callable[[Event], None]) -> Iterator[lifecycle.World]:
-    """Everything that `up` and `down` work with. Raises NotSetUp, or MayBeBilling while a rental is live."""
+def world(
+    settings: Settings, report: Callable[[Event], None], *, needs_ledger: bool = True
+) -> Iterator[lifecycle.World]:
+    """Everything that `up` and `down` work with.
+
+    Whatever goes wrong inside while a rental is live is raised as MayBeBilling: that it costs money is the news.
+    Without `needs_ledger` a broken one is replaced by an empty one in memory, with a note; `down` works from labels.
+    """
     from selfhost_cli.remote import ssh
 
     settings.paths.make()
-    ledger = Ledger(settings.paths.ledger)
+    environment = dict(os.environ)
+    ledger = _ledger(settings, report, needs_ledger)
     try:
-        yield lifecycle.World(
-            settings=settings,
-            provider=_provider(settings, ledger),
-            ledger=ledger,
-            keeper=_Keeper(settings),
-            connect=ssh.connect,
-            make_key=ssh.make_key,
-            find_claude=lambda: claude.find(settings.claude, os.environ),
-            report=report,
-        )
+        with _billing_headline(ledger):
+            yield lifecycle.World(
+                settings=settings,
+                provider=_provider(settings),
+                ledger=ledger,
+                keeper=_Keeper(settings),
+                connect=ssh.connect,
+                make_key=ssh.make_key,
+                find_claude=lambda: claude.find(settings.claude, environment),
+                report=report,
+            )
     finally:
         ledger.close()
+        # What the SDK needed is not for Claude Code, which `up` becomes next.
+        os.environ.clear()
+        os.environ.update(environment)
 
 
-def _provider(settings: Settings, ledger: Ledger) -> Provider:
+def _ledger(settings: Settings, report: Callable[[Event], None], needed: bool) -> Ledger:
+    try:
+        return Ledger(settings.paths.ledger)
+    except LedgerBroken as error:
+        if needed:
+            raise
+        report(Event("down", "note", f"{error.message}; asking the market itself"))
+        return Ledger.in_memory(broken=error.message)
+
+
+def _provider(settings: Settings) -> Provider:
     from selfhost_cli.providers.vast import VastProvider, cli_key
 
     # The vast command line's own key is for vast.ai and goes nowhere else.
     key = settings.api_key or (cli_key(os.environ) if settings.market_url == LIVE_MARKET else "")
     if key:
         return VastProvider(key, settings.market_url)
-    missing = NotSetUp(
+    raise NotSetUp(
         "no vast.ai account key",
         "Make one at https://cloud.vast.ai/manage-keys/ and put it into SELFHOST_API_KEY or "
         f'{settings.paths.config_file} (api_key = "…").\nWithout an account, try `selfhost demo`.',
     )
-    if live := ledger.live():
-        raise MayBeBilling(f"{live[0]} MAY STILL BE BILLING: {missing.message}", missing.remedy) from missing
-    raise missing
 
 
 @contextmanager
-def billing_headline(ledger_path: Path) -> Iterator[None]:
-    """Turn "the market cannot be asked" into "may still be billing" while the ledger has a live rental."""
+def _billing_headline(ledger: Ledger) -> Iterator[None]:
     try:
         yield
-    except MarketError as error:
-        ledger = Ledger(ledger_path)
+    except (SelfhostError, KeyboardInterrupt, OSError) as error:
+        if isinstance(error, MayBeBilling | UsageError):
+            raise
         live = ledger.live()
-        ledger.close()
-        if live:
-            raise MayBeBilling(f"{live[0]} MAY STILL BE BILLING: {error.message}", error.remedy) from error
-        raise
+        if not live:
+            raise
+        why = error.message if isinstance(error, SelfhostError) else str(error) or "interrupted"
+        remedy = error.remedy if isinstance(error, SelfhostError) else ""
+        raise MayBeBilling(
+            f"{live[0]} is {live[0].state} and MAY STILL BE BILLING: {why}",
+            f"{remedy}\n`selfhost down` ends it.".lstrip(),
+        ) from error
 
 
 class _Keeper:

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 from aiohttp import web
 
@@ -103,6 +104,10 @@ class _Keeper:
             log.error("%s", error.message)
 
     def _read(self) -> None:
+        if not self._ledger.current():
+            log.warning("the ledger was moved away or replaced; opening the one that is there now")
+            self._ledger.close()
+            self._ledger = Ledger(self._settings.paths.ledger)
         self._rentals = self._ledger.live()
 
     def _relink(self) -> None:
@@ -110,7 +115,7 @@ class _Keeper:
         wanted = {rental.label: rental for rental in self._rentals if rental.state in (State.INSTALLING, State.READY)}
         for label, link in list(self._links.items()):
             rental = wanted.get(label)
-            if rental is None or rental.proxy_port != link.rental.proxy_port:
+            if rental is None or rental.proxy_port != link.rental.proxy_port or not link.is_alive():
                 self._links.pop(label).stop()
         for label, rental in wanted.items():
             if label not in self._links:
@@ -122,26 +127,31 @@ class _Keeper:
 
     def _endpoints(self, rental: Rental) -> Sequence[Endpoint]:
         """Where the market says the box is now; called from a link's thread."""
-        ledger = Ledger(self._settings.paths.ledger)
         try:
-            box = wiring.books(self._settings, ledger, _log_event).provider.get(rental.instance_id or 0)
-            return box.endpoints if box else ()
+            box = wiring.provider(self._settings).get(rental.instance_id or 0)
         except SelfhostError as error:
             log.warning("box %s: %s", rental.instance_id, error.message)
             return ()
-        finally:
-            ledger.close()
+        return box.endpoints if box else ()
 
     def _end_what_nobody_uses(self) -> None:
         up_gone = self._up.holder() is None
+        minutes = self._settings.boot_timeout + self._settings.install_timeout + self._settings.orphan
         for rental in self._rentals:
             unready = rental.state in (State.CREATING, State.BOOTING, State.INSTALLING)
             if self._lasts(rental, "orphaned", unready and up_gone, self._settings.orphan * 60):
-                self._later(rental, _end, "its `selfhost up` is gone")
+                self._later(rental, self._end_orphan)
+            elif self._lasts(rental, "unready", unready, minutes * 60):
+                self._later(rental, _end_stuck)
             elif self._lasts(rental, "ending", rental.state is State.ENDING, STUCK_ENDING_S):
-                self._later(rental, _end, rental.reason)
+                self._later(rental, _finish)
             elif rental.state is State.READY and self._unreachable(rental):
-                self._later(rental, _settle, "")
+                self._later(rental, _settle)
+
+    def _end_orphan(self, books: lifecycle.Books, rental: Rental) -> None:
+        """Asked once more, because loading the SDK took a moment in which a new `up` may have taken over."""
+        if self._up.holder() is None:
+            _end(books, rental, "its `selfhost up` is gone")
 
     def _unreachable(self, rental: Rental) -> bool:
         link = self._links.get(rental.label)
@@ -156,22 +166,20 @@ class _Keeper:
             return False
         return time.monotonic() - self._since.setdefault(key, time.monotonic()) > seconds
 
-    def _later(self, rental: Rental, work: Callable[[lifecycle.Books, Rental, str], object], reason: str) -> None:
+    def _later(self, rental: Rental, work: Callable[[lifecycle.Books, Rental], object]) -> None:
         if time.monotonic() - self._tried.get(rental.label, float("-inf")) < RETRY_S:
             return
         self._tried[rental.label] = time.monotonic()
-        self._worker.submit(self._work, work, rental, reason)
+        self._worker.submit(self._work, work, rental)
 
-    def _work(self, work: Callable[[lifecycle.Books, Rental, str], object], rental: Rental, reason: str) -> None:
-        ledger = Ledger(self._settings.paths.ledger)
+    def _work(self, work: Callable[[lifecycle.Books, Rental], object], rental: Rental) -> None:
         try:
-            work(wiring.books(self._settings, ledger, _log_event), rental, reason)
+            with closing(Ledger(self._settings.paths.ledger)) as ledger:
+                work(wiring.books(self._settings, ledger, _log_event), rental)
         except SelfhostError as error:
             log.error("%s %s", error.message, error.remedy)
         except Exception:
             log.exception("ending %s", rental)  # a bug of ours must not end the keeper: it tries again
-        finally:
-            ledger.close()
 
     def _front(self) -> web.Application:
         return front.build_front(
@@ -237,11 +245,19 @@ class _Keeper:
 
 def _end(books: lifecycle.Books, rental: Rental, reason: str) -> None:
     log.warning("ending %s: %s", rental, reason)
-    books.ledger.end(rental.label, reason)
+    # advance, not end: whoever moved the rental on meanwhile knows better
+    lifecycle.finish(books, books.ledger.advance(rental, State.ENDING, reason=reason))
+
+
+def _end_stuck(books: lifecycle.Books, rental: Rental) -> None:
+    _end(books, rental, "it did not get ready in time")
+
+
+def _finish(books: lifecycle.Books, rental: Rental) -> None:
     lifecycle.finish(books, rental)
 
 
-def _settle(books: lifecycle.Books, rental: Rental, _: str) -> None:
+def _settle(books: lifecycle.Books, rental: Rental) -> None:
     if lifecycle.settle(books, rental):
         log.warning("%s has ended by itself", rental)
 

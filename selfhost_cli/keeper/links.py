@@ -55,32 +55,42 @@ class Link(threading.Thread):
         self._open_line = open_line
         self._endpoints = endpoints
         self._stopping = threading.Event()
+        self._failures = 0
+        self._candidates: Sequence[Endpoint] = (rental.endpoint,) if rental.endpoint else ()
 
     def run(self) -> None:
-        failures = 0
-        candidates: Sequence[Endpoint] = (self.rental.endpoint,) if self.rental.endpoint else ()
         while not self._stopping.is_set():
-            line = self._connect(candidates)
-            if line is None:
-                failures += 1
-                if failures % REFRESH_AFTER == 0 or not candidates:
-                    candidates = self._endpoints(self.rental) or candidates
-                self._stopping.wait(BACKOFF_S[min(failures, len(BACKOFF_S)) - 1])
-                continue
-            failures = 0
             try:
-                self._hold(line)
-            finally:
-                self._set("reconnecting", self.reason, None)
-                line.close()
+                self._round()
+            except Exception:
+                # A bug of ours must not end the lease: it is told, and tried again.
+                log.exception("box %s", self.rental.instance_id)
+                self._set("reconnecting", "internal error, see the keeper's log", None)
+                self._stopping.wait(BACKOFF_S[-1])
         self._set("stopped", "", None)
+
+    def _round(self) -> None:
+        """Connect and hold for as long as it lasts, or fail once and wait."""
+        line = self._connect()
+        if line is None:
+            self._failures += 1
+            if self._failures % REFRESH_AFTER == 0 or not self._candidates:
+                self._candidates = self._endpoints(self.rental) or self._candidates
+            self._stopping.wait(BACKOFF_S[min(self._failures, len(BACKOFF_S)) - 1])
+            return
+        self._failures = 0
+        try:
+            self._hold(line)
+        finally:
+            self._set("reconnecting", self.reason, None)
+            line.close()
 
     def stop(self) -> None:
         """Ask the thread to end; the tunnel closes within the answer's deadline."""
         self._stopping.set()
 
-    def _connect(self, candidates: Sequence[Endpoint]) -> Line | None:
-        for endpoint in candidates:
+    def _connect(self) -> Line | None:
+        for endpoint in self._candidates:
             try:
                 return self._open_line(self.rental, endpoint)
             except NotYet as error:

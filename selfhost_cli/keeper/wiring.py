@@ -10,6 +10,7 @@ from selfhost_cli.errors import NotSetUp
 from selfhost_cli.keeper.links import Line
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.model import Endpoint, Rental
+from selfhost_cli.providers import Provider
 from selfhost_cli.remote import ssh, tunnel
 
 
@@ -21,12 +22,16 @@ def open_line(settings: Settings, rental: Rental, endpoint: Endpoint) -> Line:
     return tunnel.Tunnel(endpoint, rental.host_key, login, rental.proxy_port)
 
 
-def books(settings: Settings, ledger: Ledger, report: lifecycle.Report) -> lifecycle.Books:
-    """What it takes to end a box. The SDK is loaded here, because most keepers never need it."""
+def provider(settings: Settings) -> Provider:
+    """The market. The SDK is loaded here, because most keepers never need it. Raises NotSetUp without a key."""
     from selfhost_cli.providers.vast import VastProvider, cli_key
 
     key = settings.api_key or (cli_key(os.environ) if settings.market_url == LIVE_MARKET else "")
     if not key:
         raise NotSetUp("the account key is gone", "Set SELFHOST_API_KEY and run `selfhost down`.")
-    provider = VastProvider(key, settings.market_url)
-    return lifecycle.Books(settings=settings, provider=provider, ledger=ledger, report=report)
+    return VastProvider(key, settings.market_url)
+
+
+def books(settings: Settings, ledger: Ledger, report: lifecycle.Report) -> lifecycle.Books:
+    """What it takes to end a box."""
+    return lifecycle.Books(settings=settings, provider=provider(settings), ledger=ledger, report=report)

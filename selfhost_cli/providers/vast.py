@@ -56,7 +56,7 @@ class VastProvider:
         user = self._patiently(self._sdk.show_user)
         if not isinstance(user, dict) or not isinstance(user.get("credit"), int | float):
             raise MarketUnreachable("the market's account answer has no credit in it")
-        return Account(credit=float(user["credit"]))
+        return Account(id=str(user.get("id")), credit=float(user["credit"]))
 
     def offers(self, need: Need) -> list[Offer]:
         rows = self._patiently(
@@ -113,7 +113,7 @@ class VastProvider:
                 if not isinstance(row, dict) or not isinstance(row.get("id"), int):
                     raise MarketUnreachable("the market's list of instances has a malformed row")
                 if str(row.get("label") or "").startswith(label_prefix):
-                    found.append(_instance(row))
+                    found.append(_read(row))
             token = page["next_token"]
             if token is None:
                 return found
@@ -127,7 +127,7 @@ class VastProvider:
         if not isinstance(body, dict) or "instances" not in body:
             raise MarketUnreachable(f"the market's answer for box {instance_id} is malformed")
         row = body["instances"]
-        return _instance(row) if isinstance(row, dict) and isinstance(row.get("id"), int) else None
+        return _read(row) if isinstance(row, dict) and isinstance(row.get("id"), int) else None
 
     def destroy(self, instance_id: int) -> None:
         def ask() -> object:
@@ -246,7 +246,7 @@ def _offer(row: object) -> Offer | None:
     if not isinstance(row, dict):
         return None
     try:
-        return Offer(
+        offer = Offer(
             id=int(row["ask_contract_id"]),
             machine_id=int(row["machine_id"]),
             host_id=int(row.get("host_id") or 0),
@@ -270,8 +270,19 @@ def _offer(row: object) -> Offer | None:
             duration_s=float(row.get("duration") or 0.0),
             place=str(row.get("geolocation") or "").strip(),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
+    prices = (offer.dph_base, offer.dph_total, offer.storage_dph, offer.down_per_gb, offer.up_per_gb)
+    # A price that is no number would pass every limit, and the watchdog's dollars with it.
+    sound = offer.dph_total > 0 and all(0 <= price < float("inf") for price in prices)
+    return offer if sound else None
+
+
+def _read(row: Row) -> Instance:
+    try:
+        return _instance(row)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MarketUnreachable(f"the market's row of box {row.get('id')} makes no sense: {error}") from error
 
 
 def _instance(row: Row) -> Instance:
@@ -320,11 +331,13 @@ def _proxy(row: Row) -> Endpoint | None:
 
 def _charges(rows: Sequence[Row]) -> Charges:
     sums = {"gpu": 0.0, "disk": 0.0, "bwd": 0.0, "bwu": 0.0}
-    for row in rows:
-        for item in row.get("items") or []:
-            kind = str(item.get("type"))
-            if kind in sums:
-                sums[kind] += float(item.get("amount") or 0.0)
+    try:
+        for row in rows:
+            for item in row.get("items") or []:
+                if item.get("type") in sums:
+                    sums[item["type"]] += float(item.get("amount") or 0.0)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise MarketUnreachable(f"the market's charges make no sense: {error}") from error
     return Charges(gpu=sums["gpu"], disk=sums["disk"], traffic=sums["bwd"] + sums["bwu"])
 
 

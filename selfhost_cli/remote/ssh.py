@@ -6,8 +6,10 @@ import io
 import posixpath
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import paramiko
@@ -17,6 +19,7 @@ from selfhost_cli.remote import ConnectionLost, NotYet, Result
 
 CONNECT_S = 10.0
 KEEPALIVE_S = 5
+PUT_S = 120.0
 
 
 def make_key(comment: str) -> tuple[str, str]:
@@ -79,34 +82,49 @@ class SshRemote:
 
     def run(self, command: str, *, timeout: float = 60.0, on_line: Callable[[str], None] | None = None) -> Result:
         out, err = _Lines(on_line), _Lines(None)
+        what = f"`{command[:60]}`"
         try:
-            channel = self._transport.open_session(timeout=timeout)
-            with channel:
-                channel.exec_command(command)
-                channel.shutdown_write()
+            with self._transport.open_session(timeout=timeout) as channel:
+                with self._answer_within(timeout):
+                    channel.exec_command(command)
+                    channel.shutdown_write()
                 _drain(channel, out, err, timeout)
+                if not channel.status_event.wait(timeout):
+                    raise OSError(f"no exit status within {timeout:.0f} s")
                 code = channel.recv_exit_status()
         except (paramiko.SSHException, OSError, EOFError) as error:
-            raise ConnectionLost(f"the connection to the box broke during `{command[:60]}`: {error}") from error
+            raise ConnectionLost(f"the connection to the box broke during {what}: {error}") from error
         if code < 0:
-            raise ConnectionLost(f"the connection to the box broke during `{command[:60]}`")
+            raise ConnectionLost(f"the connection to the box broke during {what}")
         return Result(code, out.finish(), err.finish())
 
     def put(self, data: bytes, path: str, *, mode: int = 0o600) -> None:
         draft = f"{path}.{secrets.token_hex(4)}"
         try:
-            sftp = paramiko.SFTPClient.from_transport(self._transport)
-            assert sftp is not None
-            with sftp:
-                with sftp.open(draft, "wx") as file:
-                    file.chmod(mode)
-                    file.set_pipelined(True)
-                    file.write(data)
-                sftp.posix_rename(draft, path)
+            with self._answer_within(PUT_S):
+                sftp = paramiko.SFTPClient.from_transport(self._transport)
+                assert sftp is not None
+                with sftp:
+                    with sftp.open(draft, "wx") as file:
+                        file.chmod(mode)
+                        file.set_pipelined(True)
+                        file.write(data)
+                    sftp.posix_rename(draft, path)
         except FileNotFoundError as error:
             raise ConnectionLost(f"the box has no directory {posixpath.dirname(path)}") from error
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise ConnectionLost(f"the connection to the box broke while sending {path}: {error}") from error
+
+    @contextmanager
+    def _answer_within(self, seconds: float) -> Iterator[None]:
+        """Close the connection when what happens inside takes longer: paramiko has no deadline for these requests."""
+        timer = threading.Timer(seconds, self._transport.close)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def close(self) -> None:
         self._transport.close()

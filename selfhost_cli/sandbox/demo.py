@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,26 +100,23 @@ def prepare(where: Paths, say: Say) -> Assets:
 
 
 def end_leftovers(where: Paths) -> None:
-    """End an earlier demo's market (its boxes die with it) and keeper, and forget its rentals. Simulated money only."""
+    """End what an earlier demo left, and forget its rentals. Simulated money only."""
+    stop(where)
+    shutil.rmtree(where.state, ignore_errors=True)
+    where.make()
+
+
+def stop(where: Paths) -> None:
+    """End the demo's market (its boxes die with it) and its keeper, and wait until both are gone."""
     if (market := find_market(where)) is not None:
         market.shut_down()
         until(
-            lambda: Pending("still answers") if market.alive() else True,
-            what="the old market's end",
-            seconds=30,
-            every=0.1,
+            lambda: Pending("still answers") if market.alive() else True, what="the market's end", seconds=30, every=0.1
         )
     lock = ProcessLock(where.keeper_lock)
     if keeper := lock.holder():
         os.kill(keeper, signal.SIGTERM)
-        until(
-            lambda: Pending("still there") if lock.holder() else True,
-            what="the old keeper's end",
-            seconds=20,
-            every=0.1,
-        )
-    shutil.rmtree(where.state, ignore_errors=True)
-    where.make()
+        until(lambda: Pending("still there") if lock.holder() else True, what="the keeper's end", seconds=20, every=0.1)
 
 
 def find_market(where: Paths) -> Market | None:
@@ -239,14 +235,3 @@ def run(arguments: Sequence[str], *, cwd: Path | None = None, capture: bool = Fa
         check=False,
     )
     return done.returncode, done.stdout or ""
-
-
-def wait_for_end(where: Paths) -> None:
-    """Until the demo's keeper has ended: it goes a few seconds after the last box."""
-    lock = ProcessLock(where.keeper_lock)
-    deadline = time.monotonic() + 10
-    while lock.holder() and time.monotonic() < deadline:
-        time.sleep(0.1)
-
-
-__all__ = ["PROFILE", "Market", "Task", "make_task", "paths", "prepare", "run", "shown", "start_market"]

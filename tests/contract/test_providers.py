@@ -14,7 +14,7 @@ import pytest
 from selfhost_cli.errors import KeyRefused, MarketUnreachable, OfferGone
 from selfhost_cli.model import BoxSpec, BoxState, Need
 from selfhost_cli.providers import Provider
-from selfhost_cli.providers.vast import VastProvider, cli_key
+from selfhost_cli.providers.vast import VastProvider, _offer, cli_key
 from selfhost_cli.remote.ssh import make_key
 from tests.fakes.clock import FakeClock
 from tests.fakes.market import FakeMarket
@@ -161,3 +161,11 @@ def test_the_vast_command_lines_own_key_is_found(tmp_path: Path) -> None:
     (tmp_path / ".config" / "vastai").mkdir(parents=True)
     (tmp_path / ".config" / "vastai" / "vast_api_key").write_text("new\n")
     assert cli_key({"HOME": str(tmp_path)}) == "new"
+
+
+@pytest.mark.parametrize("column", ["dph_total", "dph_base", "inet_down_cost"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "soon"])
+def test_a_price_that_is_none_is_no_offer(market: MarketProcess, column: str, value: object) -> None:
+    rows = market.sdk().search_offers(query={"gpu_name": {"eq": "RTX 4090"}}, no_default=True, limit=1)
+    assert _offer(rows[0]) is not None
+    assert _offer({**rows[0], column: value}) is None

@@ -52,7 +52,7 @@ def test_up_gives_a_box_that_down_ends_and_proves_gone(make_stage: MakeStage) ->
     assert "per million tokens" in answer.out
     assert stage.billed == 0
     assert "nothing is billed any more" in stage.ask("down").out
-    assert "no box" in stage.ask("status").out
+    assert "knows of no box" in stage.ask("status").out
     stage.ask("claude", "-p", "hi", code=3)
     stage.wait_for_keeper_to_end()
 
@@ -112,6 +112,35 @@ def test_down_ends_the_box_when_the_ledger_is_lost(make_stage: MakeStage) -> Non
     assert "selfhost down" in answer.err
     assert "which the ledger did not know" in stage.ask("down").out
     assert stage.billed == 0
+    again = stuck_up(stage)  # the keeper sees the new ledger
+    again.send_signal(signal.SIGINT)
+    again.communicate(timeout=30)
+    assert stage.billed == 0
+
+
+def test_down_works_with_a_ledger_that_is_no_database(make_stage: MakeStage) -> None:
+    stage = make_stage()
+    process = stuck_up(stage)
+    process.kill()
+    process.communicate()
+    for path in stage.paths.state.glob("ledger.sqlite3-*"):
+        path.unlink()
+    stage.paths.ledger.write_bytes(b"not a database, but long enough to be looked at" * 50)
+    stage.ask("up", "--yes", code=5)
+    answer = stage.ask("down")
+    assert "nothing is billed any more" in answer.out
+    assert "move that file away" in answer.out
+    assert stage.billed == 0
+
+
+def test_an_interrupted_up_cleans_up_although_nobody_reads_its_words_any_more(make_stage: MakeStage) -> None:
+    stage = make_stage()
+    process = stuck_up(stage)
+    assert process.stderr
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+    assert stage.billed == 0
 
 
 def test_a_boot_that_never_finishes_is_ended_at_its_deadline(make_stage: MakeStage) -> None:
@@ -149,7 +178,7 @@ def test_a_box_without_the_laptop_ends_itself_when_the_lease_is_over(make_stage:
     assert keeper
     os.kill(keeper, signal.SIGKILL)
     until(lambda: stage.billed == 0, 45)
-    assert "no box" in _eventually_forgotten(stage)
+    assert "knows of no box" in _eventually_forgotten(stage)
 
 
 def _eventually_forgotten(stage: Stage) -> str:
@@ -181,7 +210,8 @@ def test_when_the_market_is_away_down_says_what_may_still_cost_money(make_stage:
     answer = stage.ask("down", code=5, env={"SELFHOST_MARKET_URL": "http://127.0.0.1:9"})
     assert "MAY STILL BE BILLING" in answer.err
     assert "/h" in answer.err
-    answer = stage.ask("down", code=5, env={"SELFHOST_API_KEY": "wrong"})
+    wrong = {"SELFHOST_API_KEY": "wrong", "SELFHOST_MARKET_URL": stage.market.url}
+    answer = stage.ask("down", code=5, env=wrong)
     assert "MAY STILL BE BILLING" in answer.err
     stage.ask("down")
     assert stage.billed == 0
@@ -193,7 +223,8 @@ def test_the_exit_codes_tell_what_went_wrong(make_stage: MakeStage) -> None:
     stage.ask("up", "--yes", "--hours", "soon", code=2)
     stage.ask("no-such-command", code=2)
     assert "refused" in stage.up("--max-price", "0.01", code=4).err
-    assert "no key" not in stage.ask("down", env={"SELFHOST_API_KEY": "wrong"}, code=3).err
+    wrong = {"SELFHOST_API_KEY": "wrong", "SELFHOST_MARKET_URL": stage.market.url}
+    assert "SELFHOST_API_KEY" in stage.ask("down", env=wrong, code=3).err
     stage.control("settings", credit=0.01)
     assert "credit" in stage.up(code=3).err
     assert stage.billed == 0

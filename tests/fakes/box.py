@@ -24,6 +24,7 @@ class FakeBox:
     armed: str = "ok"
     install_code: int = 0
     refusals: int = 0
+    chatter: int = 0
     connections: list[Endpoint] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     before: Callable[[str], None] = lambda verb: None
@@ -52,6 +53,10 @@ class _Connection:
         if command == install.PROXY_PORT:
             return Result(0, "8000\n", "")
         if command.startswith(install.INSTALL):
+            for _ in range(self._box.chatter):
+                self._box.before("run")
+                if on_line:
+                    on_line("@selfhost\tmodel\tprogress\t1\t9\t")
             if on_line and self._box.install_code:
                 on_line("@selfhost\tmodel\tfail\t\t\tthe disk is full")
             return Result(self._box.install_code, "", "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from selfhost_cli.errors import AnswerLost, MarketUnreachable, NoCredit, OfferGone
+from selfhost_cli.errors import AnswerLost, MarketError, MarketUnreachable, NoCredit, OfferGone
 from selfhost_cli.model import Account, BoxSpec, BoxState, Charges, Endpoint, Instance, Need, Offer
 from tests.fakes.clock import FakeClock
 
@@ -46,6 +46,7 @@ class FakeMarket:
     clock: FakeClock
     stock: list[Offer] = field(default_factory=lambda: [make_offer(number) for number in range(1, 6)])
     credit: float = 20.0
+    account_id: str = "1"
     boxes: dict[int, Instance] = field(default_factory=dict)
     specs: dict[str, BoxSpec] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
@@ -55,6 +56,7 @@ class FakeMarket:
     lost_without_effect: int = 0
     unreachable: int = 0
     undead: int = 0
+    immortal: set[int] = field(default_factory=set)
     listing_lag: float = 0.0
     hidden_until: dict[int, float] = field(default_factory=dict)
     ghosts: dict[int, tuple[Instance, float]] = field(default_factory=dict)
@@ -63,7 +65,7 @@ class FakeMarket:
 
     def account(self) -> Account:
         self._ask("account")
-        return Account(self.credit)
+        return Account(self.account_id, self.credit)
 
     def offers(self, need: Need) -> list[Offer]:
         self._ask("offers")
@@ -105,6 +107,8 @@ class FakeMarket:
         self._ask("destroy")
         if self._take("undead"):
             return
+        if instance_id in self.immortal:
+            raise MarketError(f"box {instance_id} cannot be destroyed")
         if box := self.boxes.pop(instance_id, None):
             self.ghosts[instance_id] = (box, self.clock.time() + self.listing_lag)
 

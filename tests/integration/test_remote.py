@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import stat
 import threading
@@ -62,6 +64,20 @@ def test_output_of_both_streams_is_whole_even_when_large(remote: SshRemote) -> N
 def test_silence_beyond_the_timeout_is_a_lost_connection(remote: SshRemote) -> None:
     with pytest.raises(ConnectionLost, match="nothing heard"):
         remote.run("sleep 30", timeout=0.5)
+
+
+def test_a_frozen_box_is_a_lost_connection_at_every_request(box: Box) -> None:
+    remote = connect(box.endpoint, box.host_key, box.login_key)
+    frozen = box.sessions()
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ConnectionLost):
+            remote.run("true", timeout=0.5)
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+        remote.close()
 
 
 def test_a_file_lands_whole_with_its_mode(box: Box, remote: SshRemote) -> None:

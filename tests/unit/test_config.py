@@ -41,6 +41,7 @@ def test_flags_that_were_not_given_count_for_nothing(env: dict[str, str]) -> Non
         ("hour = 1", "'hours'"),
         ('hours = "soon"', "hours"),
         ("hours = -1", "zero or more"),
+        ("hours = 0", "more than zero"),
         ("port = 80.5", "whole number"),
         ("gpu = 4090", "expected text"),
         ("unguarded = 'perhaps'", "true or false"),
@@ -64,6 +65,15 @@ def test_a_key_is_never_in_an_error_or_in_the_repr(env: dict[str, str]) -> None:
 def test_vasts_own_variable_serves_as_the_key(env: dict[str, str]) -> None:
     assert config.load("default", env=env | {"VAST_API_KEY": "a"}, flags={}).api_key == "a"
     assert config.load("default", env=env | {"VAST_API_KEY": "a", "SELFHOST_API_KEY": "b"}).api_key == "b"
+
+
+def test_a_key_of_the_environment_never_goes_to_a_market_that_a_file_names(env: dict[str, str]) -> None:
+    write(env, 'market_url = "http://127.0.0.1:4711/"\napi_key = "the-files-own"\n')
+    for name in ("VAST_API_KEY", "SELFHOST_API_KEY"):
+        assert config.load("default", env=env | {name: "the-real-one"}).api_key == "the-files-own"
+    both = env | {"SELFHOST_API_KEY": "other", "SELFHOST_MARKET_URL": "http://127.0.0.1:4712"}
+    assert config.load("default", env=both).api_key == "other"
+    assert config.load("default", env=env).market_url == "http://127.0.0.1:4711"
 
 
 def test_profiles_share_nothing_but_the_cache(env: dict[str, str]) -> None:

@@ -122,3 +122,28 @@ def test_fields_of_a_newer_record_are_ignored(ledger: Ledger) -> None:
         db.execute("UPDATE rentals SET record = json_set(record, '$.colour', 'blue')")
     db.close()
     assert ledger.live() == [replace(make_rental("one"))]
+
+
+def test_an_interrupt_inside_a_transaction_leaves_none_open(ledger: Ledger) -> None:
+    rental = make_rental("one")
+    ledger.intend(rental)
+    with pytest.raises(KeyboardInterrupt), ledger._transaction():
+        raise KeyboardInterrupt
+    assert ledger.end("one", "down").state is State.ENDING
+
+
+def test_a_record_that_makes_no_sense_is_a_broken_ledger(ledger: Ledger) -> None:
+    ledger.intend(make_rental("one"))
+    with sqlite3.connect(ledger.path) as db:
+        db.execute("UPDATE rentals SET record = json_set(record, '$.state', 'paused')")
+    db.close()
+    with pytest.raises(LedgerBroken, match="paused"):
+        ledger.live()
+
+
+def test_a_ledger_that_was_moved_away_is_not_current(ledger: Ledger, tmp_path: Path) -> None:
+    assert ledger.current()
+    ledger.path.rename(tmp_path / "aside")
+    assert not ledger.current()
+    Ledger(ledger.path).close()
+    assert not ledger.current()
