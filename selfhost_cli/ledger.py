@@ -65,8 +65,7 @@ class Ledger:
         self.path = path
         self.broken = ""
         try:
-            # Created by us and not by SQLite, which would leave the mode to the umask.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            _create(path)
             self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
             opened = os.stat(path)
             self._identity = (opened.st_dev, opened.st_ino)
@@ -237,6 +236,18 @@ class Ledger:
             if isinstance(error, sqlite3.Error):
                 raise _broken(self.path, error) from error
             raise
+
+
+def _create(path: Path) -> None:
+    """An empty file of the right mode, which SQLite would leave to the umask.
+
+    Only when there is none: closing any descriptor of a file drops the locks that SQLite holds on it in this process,
+    and another process then takes the write-ahead log away under us.
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        pass
 
 
 def _broken(path: Path, why: object) -> SelfhostError:

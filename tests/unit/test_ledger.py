@@ -147,3 +147,15 @@ def test_a_ledger_that_was_moved_away_is_not_current(ledger: Ledger, tmp_path: P
     assert not ledger.current()
     Ledger(ledger.path).close()
     assert not ledger.current()
+
+
+def test_what_a_long_lived_process_writes_survives_the_comings_and_goings_of_others(ledger: Ledger) -> None:
+    look = "import sys; from pathlib import Path; from selfhost_cli.ledger import Ledger\n"
+    look += "led = Ledger(Path(sys.argv[1])); print([r.state for r in led.all()]); led.close()"
+    command = [sys.executable, "-c", look, str(ledger.path)]
+    ledger.intend(make_rental("one"))
+    Ledger(ledger.path).close()
+    subprocess.run(command, check=True, capture_output=True)
+    ledger.end("one", "down")
+    ledger.ended("one", 1.0)
+    assert "'ended'" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
