@@ -17,12 +17,13 @@ from selfhost_cli.errors import UsageError
 
 LIVE_MARKET = "https://console.vast.ai"
 IMAGE = "vastai/base-image:cuda-12.8.1-cudnn-devel-ubuntu24.04-py312"
-"""The container image: Debian-like, with sshd (added by the market's ssh run type), curl and Python 3.12.
+"""The container image: Ubuntu 24.04 with curl, zstd and Python 3.12; the market's ssh run type adds sshd.
 
-Source: the vast-ai/base-image repository's tag scheme. Unverified: never pulled by this project.
+Source: the tag format and the table of variants in https://github.com/vast-ai/base-image (README at commit 004644cc,
+read in November 2026). Unverified: never pulled by this project.
 """
 IMAGE_GB = 8.0
-"""Compressed size to count on for the pull; an estimate from the same source, unverified."""
+"""What to count on for pulling it; our estimate for a CUDA development image. Hosts often have the layers already."""
 
 
 class Source(IntEnum):
@@ -145,9 +146,25 @@ class Settings:
 
 NAMES = tuple(f.name for f in fields(Settings) if f.metadata)
 NOT_SETTINGS = ("profile", "paths", "sources")
-FLAGS = ("gpu", "region", "max_price", "model", "engine", "disk", "hours", "max_spend", "idle", "port", "unguarded")
+FLAGS = (
+    "api_key",
+    "gpu",
+    "region",
+    "max_price",
+    "model",
+    "engine",
+    "disk",
+    "hours",
+    "max_spend",
+    "idle",
+    "port",
+    "unguarded",
+)
 """The settings that `selfhost up` takes as options."""
-POSITIVE = ("hours", "max_spend", "idle", "lease", "boot_timeout", "install_timeout", "poll", "port", "context")
+POSITIVE = (
+    *("hours", "max_spend", "max_price", "idle", "lease", "boot_timeout", "install_timeout", "poll"),
+    *("port", "context", "disk"),
+)
 """Zero would end a box at once, or never."""
 
 
@@ -191,7 +208,7 @@ def load(profile: str, *, flags: Mapping[str, object] | None = None, env: Mappin
 
 def _belongs(key: Source, market: Source, url: object) -> bool:
     """A key is for the market it was set for: one of the environment never goes to a market that a file names."""
-    return key <= market or url in (None, LIVE_MARKET)
+    return key is Source.FLAG or key <= market or url in (None, LIVE_MARKET)
 
 
 def installation_id(where: Paths) -> str:
@@ -266,10 +283,15 @@ def _convert(name: str, kind: str, value: object) -> object:
     if kind == "str":
         if not isinstance(value, str):
             raise ValueError("expected text")
-        return value
+        return _text(name, value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("expected a number")
-    number = float(value)
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError("expected a number") from None
+    if name == "port" and number > 65_535:
+        raise ValueError("expected a port, 1 to 65535")
     if name in POSITIVE and number == 0:
         raise ValueError("expected more than zero")
     if not 0 <= number < float("inf"):
@@ -279,6 +301,18 @@ def _convert(name: str, kind: str, value: object) -> object:
     if number != int(number):
         raise ValueError("expected a whole number")
     return int(number)
+
+
+def _text(name: str, value: str) -> str:
+    value = value.strip()
+    if name == "api_key" and not (value.isascii() and value.isprintable()):
+        raise ValueError("expected printable ASCII characters")
+    if name == "market_url":
+        from urllib.parse import urlsplit
+
+        if urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).hostname:
+            raise ValueError("expected a URL such as https://console.vast.ai")
+    return value
 
 
 def _boolean(value: object) -> bool:

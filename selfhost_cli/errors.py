@@ -5,7 +5,6 @@
     ├── NotSetUp             3  key, ssh, claude or box missing; nothing can be billed
     ├── NothingToRent        4  no offer within the limits
     ├── MayBeBilling         5  something may still cost money: always the headline
-    ├── Interrupted        130  Ctrl-C, cleaned up
     ├── Superseded           1  another command (usually `down`) took the rental over
     └── MarketError          1  the market said no
         ├── MarketUnreachable   no answer, or one that makes no sense
@@ -47,10 +46,6 @@ class NothingToRent(SelfhostError):
 
 class MayBeBilling(SelfhostError):
     exit_code = 5
-
-
-class Interrupted(SelfhostError):
-    exit_code = 130
 
 
 class Superseded(SelfhostError):

@@ -14,7 +14,12 @@ from selfhost_cli.model import Event, Probe
 
 TOKEN_S = 120.0
 LOOK_S = 20.0
-AGAIN = "Run `selfhost down` to end the bill, or `selfhost up` to try again."
+AGAIN = "Run `selfhost up` to try again, or `selfhost down` to end the bill."
+REMEDIES = {
+    "tunnel": "`selfhost status` tells how the tunnel is; it comes back by itself. `selfhost down` ends the bill.",
+    "engine": "It may still be loading: look at `selfhost status` in a minute. `selfhost down` ends the bill.",
+    "context": "Ask for less with `context` in config.toml. `selfhost down` ends the bill.",
+}
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,17 @@ def _probes(client: httpx.Client, model: str, context: int) -> Iterator[Probe]:
     def verdict(name: str, ok: bool, detail: str) -> Probe:
         nonlocal began
         seconds, began = time.monotonic() - began, time.monotonic()
-        return Probe(name, ok, detail, seconds, "" if ok else AGAIN)
+        return Probe(name, ok, detail, seconds, "" if ok else REMEDIES.get(name, AGAIN))
 
     box = _box(client)
-    if isinstance(box, str):
-        yield verdict("proxy", False, box)
+    if isinstance(box, Missing):
+        yield verdict(box.part, False, box.why)
         return
+    yield verdict("tunnel", True, "requests reach the box")
     yield verdict("proxy", True, f"selfhost {box.get('version', '?')} on the box")
     engine = str(box.get("engine"))
     part = (box.get("components") or {}).get(engine)
-    yield verdict("engine", _is_up(part), engine if _is_up(part) else f"{engine} does not answer: {part}")
+    yield verdict("engine", _is_up(part), engine if _is_up(part) else f"{engine} does not answer: {_reason(part)}")
     served = box.get("model")
     yield verdict("model", served == model, model if served == model else f"serves {served}, wanted {model}")
     real = box.get("context")
@@ -67,16 +73,30 @@ def _probes(client: httpx.Client, model: str, context: int) -> Iterator[Probe]:
     yield verdict("token", not answer.startswith("!"), answer.removeprefix("!"))
 
 
-def _box(client: httpx.Client) -> dict[str, Any] | str:
-    """What the proxy on the box says of itself, or why it says nothing."""
+@dataclass(frozen=True)
+class Missing:
+    """Which part did not answer, and why."""
+
+    part: str
+    why: str
+
+
+def _box(client: httpx.Client) -> dict[str, Any] | Missing:
+    """What the proxy on the box says of itself, or what is in the way."""
     try:
         body = client.get("/health").json()
     except (httpx.HTTPError, ValueError) as error:
-        return f"the local front does not answer: {error}"
+        return Missing("front", f"the local front does not answer: {error}")
     box = body.get("box") if isinstance(body, dict) else None
     if isinstance(box, dict) and "components" in box:
         return box
-    return f"the proxy on the box does not answer: {box or body}"
+    if isinstance(box, dict) and box.get("state") != "connected":
+        return Missing("tunnel", f"{box.get('state')}: {box.get('reason')}")
+    return Missing("proxy", f"the proxy on the box does not answer: {_reason(box)}")
+
+
+def _reason(part: object) -> str:
+    return str(part.get("reason") or part.get("status")) if isinstance(part, dict) else "no answer"
 
 
 def _is_up(part: object) -> bool:

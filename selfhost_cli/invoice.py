@@ -36,8 +36,8 @@ class Invoice:
 def invoice(rental: Rental, usage: Usage, charges: Charges | None, *, now: float) -> Invoice:
     """The bill until `now` or the rental's end. Without the market's figures, hours × the price locked at rent time."""
     end = rental.ended_at or now
-    running_s = max(0.0, end - rental.running_at) if rental.running_at else 0.0
-    exists_s = max(0.0, end - (rental.sent_at or end)) if rental.instance_id else 0.0
+    running_s = _since(rental.running_at, end)
+    exists_s = _since(rental.sent_at, end) if rental.instance_id is not None else 0.0
     if charges is None:
         charges = Charges(rental.dph_base * running_s / 3600, rental.storage_dph * exists_s / 3600, traffic=0.0)
         estimated = True
@@ -55,3 +55,7 @@ def invoice(rental: Rental, usage: Usage, charges: Charges | None, *, now: float
         estimated=estimated,
         reason=rental.reason,
     )
+
+
+def _since(start: float | None, end: float) -> float:
+    return max(0.0, end - start) if start is not None else 0.0

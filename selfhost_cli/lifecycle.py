@@ -23,7 +23,7 @@ from typing import Protocol
 
 from selfhost_cli import __version__, config, health, install, offers, payload
 from selfhost_cli.attach import Front
-from selfhost_cli.config import Settings
+from selfhost_cli.config import Settings, Source
 from selfhost_cli.errors import (
     AnswerLost,
     KeyRefused,
@@ -56,6 +56,8 @@ STOP_UP_S = 30.0
 AGAIN_S = 20.0
 """Until a box that is still listed is destroyed once more."""
 ANY_INSTALLATION = "selfhost-"
+SIMULATED = " (simulated GPU)"
+FORGIVEN_S = 14 * 86_400.0
 
 
 class Keeper(Protocol):
@@ -150,9 +152,8 @@ def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = Tr
             plan = make_plan(world)
             if not confirm(plan):
                 raise SelfhostError("nothing was rented")
-            world.keeper.start()
             return _guarded(world, lambda: _rent(world, plan))
-        world.keeper.start()
+        _check_wishes(world.settings, rental)
         if rental.state is State.READY:
             return _attach(world, rental)
         return _guarded(world, lambda: _advance(world, rental))
@@ -177,6 +178,7 @@ def preflight(world: World, *, needs_claude: bool = True) -> None:
     world.provider.account()
     if needs_claude:
         world.find_claude()
+    world.keeper.start()  # finds the local port, too
     world.provider.register_key(login_key(world)[1])
 
 
@@ -196,7 +198,9 @@ def make_plan(world: World) -> Plan:
     )
     download = settings.model_bytes + config.IMAGE_GB * 1e9
     found = world.provider.offers(need)
-    choice = offers.choose(need, found, download_bytes=download, max_spend=settings.max_spend)
+    choice = offers.choose(
+        need, found, download_bytes=download, avoid=_failed_before(world), max_spend=settings.max_spend
+    )
     if not choice.ranked:
         raise NothingToRent(
             _why_nothing(world, need, download), "Loosen --max-price, --region, --disk or --hours, or try later."
@@ -261,6 +265,30 @@ def _unfinished(world: World) -> Rental | None:
     return live[0] if live else None
 
 
+def _check_wishes(settings: Settings, rental: Rental) -> None:
+    """A flag that asks for something other than what is up is an error, and never silently ignored."""
+    caps = rental.caps
+    have: dict[str, object] = {"model": rental.model, "engine": rental.engine, "max_spend": caps.max_dollars}
+    have |= {"gpu": rental.gpu.removesuffix(SIMULATED), "hours": caps.max_s / 3600, "idle": caps.idle_s / 60}
+    for name, value in have.items():
+        if settings.sources[name] is Source.FLAG and getattr(settings, name) != value:
+            raise UsageError(
+                f"{rental} is up already, with {name} {value}; --{name.replace('_', '-')} cannot change that",
+                "Leave the option out, or end the box with `selfhost down` first.",
+            )
+
+
+def _failed_before(world: World) -> set[int]:
+    """Machines on which a box of ours never got ready, in the last two weeks."""
+    since = world.clock.time() - FORGIVEN_S
+    ours = ("down", "interrupted")
+    return {
+        rental.machine_id
+        for rental in world.ledger.all()
+        if rental.instance_id and rental.ready_at is None and rental.reason not in ours and rental.created_at > since
+    }
+
+
 def _guarded(world: World, work: Callable[[], Rental]) -> Rental:
     """Run a part of `up` that spends money: unless it returns, what it made is destroyed and proven gone."""
     try:
@@ -322,7 +350,7 @@ def _create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
         created_at=world.clock.time(),
         offer_id=offer.id,
         machine_id=offer.machine_id,
-        gpu=f"{offer.gpu} (simulated GPU)" if plan.simulated else offer.gpu,
+        gpu=f"{offer.gpu}{SIMULATED}" if plan.simulated else offer.gpu,
         place=offer.place,
         dph_base=offer.dph_base,
         dph_total=offer.dph_total,
@@ -341,7 +369,7 @@ def _create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
     try:
         if label not in world.keeper.watched():
             raise SelfhostError("the keeper does not watch the new rental", "Run `selfhost up` again.")
-        world.report(Event("rent", "start", f"renting {offer.gpu} in {offer.place or 'an unknown place'}"))
+        world.report(Event("rent", "start", f"renting {rental.gpu} in {offer.place or 'an unknown place'}"))
         rental = world.ledger.note(rental, sent_at=world.clock.time())
     except SelfhostError:
         world.ledger.ended(label, world.clock.time())  # not sent: nothing exists
@@ -719,6 +747,10 @@ def _prove(
             problems[number] = error.message
             asked.pop(number)
 
+    def wait(why: str) -> Pending:
+        books.report(Event("down", "progress", why))
+        return Pending(why)
+
     def look() -> bool | Pending:
         nonlocal may_appear
         try:
@@ -726,15 +758,17 @@ def _prove(
         except KeyRefused:
             raise
         except MarketError as error:
-            return Pending(error.message)
+            if not rentals and not listed and not distrust:
+                raise  # nothing speaks for a box of ours; this is about the network
+            return wait(error.message)
         for box in boxes:
             listed[box.id] = box
             if books.clock.monotonic() - asked.get(box.id, float("-inf")) > AGAIN_S:
                 destroy(box.id)
         if boxes:
-            return Pending(problems.get(boxes[0].id) or f"the market still lists box {boxes[0].id}")
+            return wait(problems.get(boxes[0].id) or f"the market still lists box {boxes[0].id}")
         if may_appear and books.clock.monotonic() - began < lag:
-            return Pending("a box may still appear in the market's list")
+            return wait(f"a box may still appear in the market's list, for {lag:.0f} s")
         if may_appear and numbers:
             may_appear = False
             for number in numbers:

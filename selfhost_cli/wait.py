@@ -1,4 +1,4 @@
-"""The one way to wait: a deadline, three answers, a clock that tests replace. No other module sleeps."""
+"""The one way in which commands wait: a deadline, three answers, a clock that tests replace."""
 
 from __future__ import annotations
 

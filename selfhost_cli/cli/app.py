@@ -31,6 +31,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 def run(argv: Sequence[str]) -> int:
     """Run one command line; SelfhostErrors pass through to `entry.main`, which is the one error boundary."""
     profile, rest = _take_profile(list(argv))
+    from selfhost_cli.cli import render
+
+    render.speak_for(profile)
     try:
         app(args=rest, prog_name="selfhost", obj=profile)
     except SystemExit as end:
@@ -54,6 +57,9 @@ def up(
     claude_args: Annotated[list[str] | None, typer.Argument(help="Behind --: arguments for claude.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before renting.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Do not launch Claude Code.")] = False,
+    api_key: Annotated[
+        str | None, typer.Option(help="vast.ai key; safer in the environment: SELFHOST_API_KEY.")
+    ] = None,
     gpu: Annotated[str | None, typer.Option(help='Exact name, e.g. "RTX 4090".')] = None,
     region: Annotated[str | None, typer.Option(help="Only places whose name contains this.")] = None,
     max_price: Annotated[float | None, typer.Option(help="Most $/h, disk included.")] = None,
@@ -75,7 +81,15 @@ def up(
     if not interactive and not yes:
         raise UsageError("`selfhost up` asks before it rents, and this is no terminal", "Pass --yes.")
     flags: dict[str, Any] = {"gpu": gpu, "region": region, "max_price": max_price, "model": model, "engine": engine}
-    flags |= {"disk": disk, "hours": hours, "max_spend": max_spend, "idle": idle, "port": port, "unguarded": unguarded}
+    flags |= {
+        "api_key": api_key,
+        "disk": disk,
+        "hours": hours,
+        "max_spend": max_spend,
+        "idle": idle,
+        "port": port,
+        "unguarded": unguarded,
+    }
     settings = _settings(ctx, flags)
     launch = interactive and not detach and not json
 
@@ -101,13 +115,16 @@ def up(
 def down(
     ctx: typer.Context,
     everything: Annotated[bool, typer.Option("--all", help="Also boxes of other selfhost installations.")] = False,
+    api_key: Annotated[
+        str | None, typer.Option(help="vast.ai key; safer in the environment: SELFHOST_API_KEY.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Destroy every box, prove by listing that nothing is left, print the invoice."""
     from selfhost_cli import lifecycle
     from selfhost_cli.cli import render, wiring
 
-    settings = _settings(ctx)
+    settings = _settings(ctx, {"api_key": api_key})
     with _signals_interrupt(), render.Talk() as talk, wiring.world(settings, talk, needs_ledger=False) as world:
         ended = lifecycle.down(world, everything=everything)
     render.as_json(ended) if json else render.ended(ended)
@@ -121,8 +138,9 @@ def status(ctx: typer.Context, json: Json = False) -> None:
     from selfhost_cli.ledger import Ledger
 
     settings = _settings(ctx)
-    settings.paths.make()
-    values = state.look(settings, Ledger(settings.paths.ledger), now=time.time())
+    values: list[state.Status] = []
+    if settings.paths.ledger.exists():  # asking makes nothing
+        values = state.look(settings, Ledger(settings.paths.ledger), now=time.time())
     render.as_json(values) if json else render.status(values)
 
 

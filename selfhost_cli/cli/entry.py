@@ -27,10 +27,10 @@ TUNNEL_WAIT_S = 60.0
 
 def main() -> NoReturn:
     """The console script."""
-    sys.exit(boundary(lambda: _run(sys.argv[1:])))
+    sys.exit(boundary(lambda: _run(sys.argv[1:]), profile_of(sys.argv[1:], os.environ)))
 
 
-def boundary(action: Callable[[], int]) -> int:
+def boundary(action: Callable[[], int], profile: str = "default") -> int:
     """Run a command; its exit code. The one place where errors become texts, and only those meant for a person.
 
     Anything else that is raised is a bug of ours and keeps its traceback.
@@ -38,7 +38,7 @@ def boundary(action: Callable[[], int]) -> int:
     try:
         return action()
     except SelfhostError as error:
-        say(f"selfhost: {error.message}" + (f"\n{error.remedy}" if error.remedy else ""))
+        say(in_profile(f"selfhost: {error.message}" + (f"\n{error.remedy}" if error.remedy else ""), profile))
         return error.exit_code
     except KeyboardInterrupt:
         say("selfhost: interrupted")
@@ -59,6 +59,30 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         _discard(2)
+
+
+def profile_of(argv: Sequence[str], env: Mapping[str, str]) -> str:
+    """The profile that a command line names, for what is said about it; whether it is right is checked elsewhere."""
+    profile, words = env.get("SELFHOST_PROFILE") or "default", list(argv)
+    for place, word in enumerate(words):
+        if word == "--":
+            break
+        if word == "--profile" and place + 1 < len(words):
+            profile = words[place + 1]
+        elif word.startswith("--profile="):
+            profile = word.partition("=")[2]
+        elif word == "claude":
+            break
+    return profile
+
+
+def in_profile(text: str, profile: str) -> str:
+    """A text with each command in it made one for this profile: typed as shown, it must act on the right box."""
+    if profile == "default":
+        return text
+    return text.replace("`selfhost ", f"`selfhost --profile {profile} ").replace(
+        f"`selfhost --profile {profile} --profile", "`selfhost --profile"
+    )
 
 
 def claude_arguments(argv: Sequence[str], env: Mapping[str, str]) -> tuple[str, list[str]] | None:

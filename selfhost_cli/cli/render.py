@@ -24,14 +24,20 @@ from rich.status import Status
 from rich.table import Table
 
 from selfhost_cli import status as state
+from selfhost_cli.cli.entry import in_profile
 from selfhost_cli.invoice import Invoice
 from selfhost_cli.lifecycle import Ended, Plan
-from selfhost_cli.model import Caps, Event, Rental
+from selfhost_cli.model import Caps, Endpoint, Event, Rental
 
 PROOF = "nothing is billed any more"
 
 
 class _Console(Console):
+    profile = "default"
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(in_profile(o, self.profile) if isinstance(o, str) else o for o in objects), **options)
+
     def on_broken_pipe(self) -> None:
         """Rich would exit here, in the middle of whatever was being told; the error boundary knows better."""
         raise BrokenPipeError
@@ -39,6 +45,11 @@ class _Console(Console):
 
 out = _Console(highlight=False, soft_wrap=True)
 err = _Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def speak_for(profile: str) -> None:
+    """From now on every command shown is one for this profile."""
+    out.profile = err.profile = profile
 
 
 def as_json(value: Any) -> None:
@@ -62,6 +73,7 @@ class Talk:
         self._began = time.monotonic()
         self._said = ""
         self._tenth = -1
+        self._head_start = 0
 
     def __enter__(self) -> Talk:
         return self
@@ -110,9 +122,11 @@ class Talk:
         if total < 10_000_000:
             return
         tenth = 10 * done // total
+        if self._tenth < 0:
+            self._head_start = done  # from before we looked: onstart's, or an earlier run's
         if tenth > self._tenth:
             self._tenth = tenth
-            rate = done / 1e6 / max(0.1, time.monotonic() - self._began)
+            rate = (done - self._head_start) / 1e6 / max(0.5, time.monotonic() - self._began)
             self._say("…", stage, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate:.0f} MB/s")
 
     def _draw(self, event: Event) -> None:
@@ -175,8 +189,9 @@ def plan(value: Plan) -> None:
     if others > 0 or value.choice.refused:
         err.print(f"[dim]{max(0, others)} more fit, {len(value.choice.refused)} do not[/]")
     best = value.best
+    simulated = " (simulated)" if value.simulated else ""
     err.print(
-        f"\nRent the first one for [bold]${best.offer.dph_total:.3f}/h[/]; {value.hours:g} h cost"
+        f"\nRent the first one for [bold]${best.offer.dph_total:.3f}/h[/]{simulated}; {value.hours:g} h cost"
         f" [bold]${best.dollars:.2f}[/] all in. Model {value.model}, engine {value.engine}, {value.context} tokens."
     )
     err.print(
@@ -274,6 +289,8 @@ def _plain(value: Any) -> Any:
         return plain
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Endpoint):
+        return value._asdict()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from selfhost_cli import attach, claude, lifecycle
 from selfhost_cli.attach import Front
 from selfhost_cli.config import LIVE_MARKET, Settings
-from selfhost_cli.errors import MayBeBilling, NotSetUp, SelfhostError, UsageError
+from selfhost_cli.errors import MarketUnreachable, MayBeBilling, NotSetUp, SelfhostError, UsageError
 from selfhost_cli.ledger import Ledger, LedgerBroken
 from selfhost_cli.model import Event
 from selfhost_cli.providers import Provider
@@ -30,7 +30,7 @@ def world(
     environment = dict(os.environ)
     ledger = _ledger(settings, report, needs_ledger)
     try:
-        with _billing_headline(ledger):
+        with _billing_headline(settings, ledger):
             yield lifecycle.World(
                 settings=settings,
                 provider=_provider(settings),
@@ -73,10 +73,12 @@ def _provider(settings: Settings) -> Provider:
 
 
 @contextmanager
-def _billing_headline(ledger: Ledger) -> Iterator[None]:
+def _billing_headline(settings: Settings, ledger: Ledger) -> Iterator[None]:
     try:
         yield
     except (SelfhostError, KeyboardInterrupt, OSError) as error:
+        if settings.sandbox and isinstance(error, MarketUnreachable):
+            error.remedy = "The sandbox's market may have ended, and its boxes with it: `selfhost demo` starts afresh."
         if isinstance(error, MayBeBilling | UsageError):
             raise
         live = ledger.live()
@@ -84,10 +86,9 @@ def _billing_headline(ledger: Ledger) -> Iterator[None]:
             raise
         why = error.message if isinstance(error, SelfhostError) else str(error) or "interrupted"
         remedy = error.remedy if isinstance(error, SelfhostError) else ""
-        raise MayBeBilling(
-            f"{live[0]} is {live[0].state} and MAY STILL BE BILLING: {why}",
-            f"{remedy}\n`selfhost down` ends it.".lstrip(),
-        ) from error
+        if "selfhost down" not in remedy:
+            remedy = f"{remedy}\n`selfhost down` ends it.".lstrip()
+        raise MayBeBilling(f"{live[0]} is {live[0].state} and MAY STILL BE BILLING: {why}", remedy) from error
 
 
 class _Keeper:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,12 +40,16 @@ def run(profile: str) -> None:
     """Run the keeper of a profile until nothing needs it. Returns at once when there is one already."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # its own account of what links already tell
-    settings = config.load(profile)
-    lock = ProcessLock(settings.paths.keeper_lock)
-    if not lock.acquire():
-        return
-    with lock:
-        asyncio.run(_Keeper(settings).live())
+    try:
+        settings = config.load(profile)
+        lock = ProcessLock(settings.paths.keeper_lock)
+        if not lock.acquire():
+            return
+        with lock:
+            asyncio.run(_Keeper(settings).live())
+    except SelfhostError as error:
+        log.error("%s %s", error.message, error.remedy)
+        sys.exit(error.exit_code)
 
 
 class _Keeper:

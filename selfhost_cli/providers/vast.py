@@ -87,10 +87,10 @@ class VastProvider:
             return known
         except requests.ConnectionError as error:
             if _never_sent(error):
-                raise MarketUnreachable(f"the market cannot be reached: {error}") from error
-            raise AnswerLost(f"the answer to renting offer {offer.id} was lost: {error}") from error
+                raise self._away(error) from error
+            raise AnswerLost(f"the answer to renting offer {offer.id} was lost") from error
         except (requests.RequestException, ValueError) as error:
-            raise AnswerLost(f"the answer to renting offer {offer.id} was lost: {error}") from error
+            raise AnswerLost(f"the answer to renting offer {offer.id} was lost") from error
         if (known := _contract(answer)) is not None:
             return known
         if isinstance(answer, dict) and answer.get("success") is False:
@@ -190,6 +190,17 @@ class VastProvider:
         response.raise_for_status()
         return response.json()
 
+    def _away(self, error: Exception) -> MarketUnreachable:
+        """Why the market does not answer, without the request: an error's text may hold the key."""
+        if isinstance(error, requests.exceptions.Timeout):
+            why = "it does not answer in time"
+        elif isinstance(error, requests.ConnectionError):
+            why = "no connection" if _never_sent(error) else "the connection broke"
+        else:
+            why = f"its answer makes no sense ({type(error).__name__})"
+        url = self._sdk.client.server_url
+        return MarketUnreachable(f"the market {url} cannot be reached: {why}", "Check the network, then try again.")
+
     def _patiently(self, ask: Callable[[], T]) -> T:
         """Ask something that may be repeated: rate limits and hiccups are waited out, a few times."""
         for left in reversed(range(ATTEMPTS)):
@@ -202,7 +213,7 @@ class VastProvider:
                     raise problem from error
             except (requests.RequestException, ValueError) as error:
                 if not left:
-                    raise MarketUnreachable(f"the market cannot be reached: {error}") from error
+                    raise self._away(error) from error
                 pause = 1.0
             self._clock.sleep(pause)
         raise AssertionError("the last attempt returns or raises")

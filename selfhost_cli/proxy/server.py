@@ -33,6 +33,9 @@ from selfhost_cli.proxy.web import (
     trace,
 )
 
+ENGINE_ANSWER_S = 5.0
+"""For /health: less than whoever asks waits for us."""
+
 log = logging.getLogger("selfhost.proxy")
 
 
@@ -94,11 +97,15 @@ class _EngineSide:
     async def _health(self, http: web.Request) -> web.Response:
         """503 while degraded, with the same body: `curl -f` is enough to wait for it."""
         try:
-            health = await self._engine.health()
+            async with asyncio.timeout(ENGINE_ANSWER_S):
+                health = await self._engine.health()
             engine: Json = {"status": "healthy", "context": health.context, "slots": health.slots}
         except ProxyError as error:
             health = Health(context=0)
             engine = {"status": "down", "reason": error.message}
+        except TimeoutError:
+            health = Health(context=0)
+            engine = {"status": "down", "reason": f"no answer within {ENGINE_ANSWER_S:g} s"}
         up = engine["status"] == "healthy"
         body = {
             "status": "healthy" if up else "degraded",

@@ -144,6 +144,12 @@ def test_a_market_that_is_not_there_is_unreachable_after_a_few_tries() -> None:
     assert len(clock.sleeps) == 3
 
 
+def test_a_key_is_never_in_what_is_said(market: MarketProcess) -> None:
+    with pytest.raises(MarketUnreachable) as caught:
+        VastProvider("secret\r", market.url, clock=FakeClock()).account()
+    assert "secret" not in caught.value.message
+
+
 def test_neither_netrc_nor_a_proxy_comes_between_us_and_the_market(
     market: MarketProcess, clean_environment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,10 +39,14 @@ def test_flags_that_were_not_given_count_for_nothing(env: dict[str, str]) -> Non
     ("text", "message"),
     [
         ("hour = 1", "'hours'"),
-        ('hours = "soon"', "hours"),
+        ('hours = "soon"', "expected a number"),
         ("hours = -1", "zero or more"),
         ("hours = 0", "more than zero"),
         ("port = 80.5", "whole number"),
+        ("port = 70000", "1 to 65535"),
+        ("disk = 0", "more than zero"),
+        ('market_url = "foo"', "expected a URL"),
+        ('api_key = "two\\nlines"', "printable"),
         ("gpu = 4090", "expected text"),
         ("unguarded = 'perhaps'", "true or false"),
         ("hours = [", "config.toml"),
@@ -110,3 +114,7 @@ def test_a_damaged_installation_id_is_not_replaced(env: dict[str, str]) -> None:
 def test_only_a_market_on_this_machine_is_a_sandbox(env: dict[str, str]) -> None:
     assert not config.load("default", env=env).sandbox
     assert config.load("default", env=env, flags={"market_url": "http://127.0.0.1:4711"}).sandbox
+
+
+def test_blanks_around_a_key_are_not_part_of_it(env: dict[str, str]) -> None:
+    assert config.load("default", env=env | {"SELFHOST_API_KEY": "abc\r\n"}).api_key == "abc"

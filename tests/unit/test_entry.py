@@ -15,7 +15,7 @@ import pytest
 
 from selfhost_cli import attach, config
 from selfhost_cli.cli import entry
-from selfhost_cli.errors import Interrupted, MayBeBilling, NotSetUp, SelfhostError
+from selfhost_cli.errors import MayBeBilling, NotSetUp, SelfhostError
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.model import State
 from tests.fakes.front import StubFront
@@ -340,7 +340,6 @@ def raising(error: BaseException) -> int:
 def test_errors_for_a_person_become_message_remedy_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert entry.boundary(lambda: 7) == 7
     assert entry.boundary(lambda: raising(MayBeBilling("Box 7 runs.", "`selfhost down`"))) == 5
-    assert entry.boundary(lambda: raising(Interrupted("stopped"))) == 130
     assert entry.boundary(lambda: raising(SelfhostError("no remedy"))) == 1
     assert entry.boundary(lambda: raising(KeyboardInterrupt())) == 130
     out, err = capsys.readouterr()

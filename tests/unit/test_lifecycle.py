@@ -9,7 +9,9 @@ import pytest
 
 from selfhost_cli import config, lifecycle
 from selfhost_cli.attach import Front
+from selfhost_cli.config import Source
 from selfhost_cli.errors import (
+    MarketUnreachable,
     MayBeBilling,
     NoCredit,
     NothingToRent,
@@ -529,3 +531,39 @@ def test_an_install_that_talks_for_ever_is_ended_at_its_deadline(stage: Stage) -
     with pytest.raises(SelfhostError, match="not within 45 minutes"):
         stage.up()
     assert stage.billed == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("model", "other"), ("gpu", "RTX 5090"), ("max_spend", 0.5), ("hours", 1.0)]
+)
+def test_an_option_that_the_box_at_hand_cannot_fulfil_is_an_error(stage: Stage, name: str, value: object) -> None:
+    stage.up()
+    settings = stage.world.settings
+    wished = replace(settings, **{name: value}, sources={**settings.sources, name: Source.FLAG})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}"):
+        lifecycle.up(replace(stage.world, settings=wished), lambda plan: True)
+    assert stage.billed == 1
+
+
+def test_a_machine_whose_box_never_got_ready_is_avoided_the_next_time(stage: Stage) -> None:
+    stage.box.install_code = 1
+    with pytest.raises(SelfhostError):
+        stage.up()
+    stage.box.install_code = 0
+    assert lifecycle.up(stage.world, lambda plan: True).machine_id == 2
+
+
+def test_a_machine_is_not_blamed_for_our_own_interrupt(stage: Stage) -> None:
+    interrupt_once(stage, "connect")
+    with pytest.raises(KeyboardInterrupt):
+        stage.up()
+    stage.box.before = stage.market.before = lambda verb: None
+    assert lifecycle.up(stage.world, lambda plan: True).machine_id == 1
+
+
+def test_a_market_that_is_away_is_said_at_once_when_nothing_speaks_for_a_box(stage: Stage) -> None:
+    stage.market.unreachable = 1
+    before = stage.clock.time()
+    with pytest.raises(MarketUnreachable):
+        stage.down()
+    assert stage.clock.time() == before

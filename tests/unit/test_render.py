@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from selfhost_cli.cli import entry, render
+from selfhost_cli.invoice import invoice
+from selfhost_cli.ledger import Usage
+from selfhost_cli.lifecycle import Ended
+from selfhost_cli.model import BoxState, Endpoint, Event, Instance
+from tests.fakes.rental import make_rental
+
+
+def foreign(label: str) -> Instance:
+    return Instance(7, label, BoxState.RUNNING, "running", "", 1, "RTX 4090", 0.3, None, None, None)
+
+
+def test_the_sentence_people_came_for_is_not_said_of_boxes_that_are_not_ours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    render.ended(Ended((), (), ()))
+    assert "nothing is billed any more" in capsys.readouterr().out
+    render.ended(Ended((), (), (foreign("selfhost-other-1"),)))
+    said = capsys.readouterr().out
+    assert "nothing is billed any more" not in said
+    assert "selfhost down --all" in said
+
+
+def test_a_label_that_looks_like_markup_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    render.ended(Ended((), (foreign("selfhost-[/x]"),), ()))
+    assert "selfhost-[/x]" in capsys.readouterr().out
+
+
+def test_an_invoice_tells_hours_parts_tokens_and_the_price_of_a_million(capsys: pytest.CaptureFixture[str]) -> None:
+    rental = make_rental(instance_id=7, sent_at=0.0, running_at=0.0, ended_at=3600.0)
+    render.ended(Ended((invoice(rental, Usage(3, 900_000, 1, 100_000), None, now=3600.0),), (), ()))
+    said = capsys.readouterr().out
+    assert "60.0 min  $0.3000" in said
+    assert "$0.31" in said
+    assert "900000 in (1 reused), 100000 out, 3 requests" in said
+
+
+def test_no_secret_is_in_json_and_an_endpoint_has_names(capsys: pytest.CaptureFixture[str]) -> None:
+    render.as_json({"rental": make_rental(endpoint=Endpoint("192.0.2.1", 22))})
+    told = json.loads(capsys.readouterr().out)["rental"]
+    assert told["endpoint"] == {"host": "192.0.2.1", "port": 22}
+    assert "box_token" not in told
+
+
+def test_commands_shown_are_for_the_profile_at_hand() -> None:
+    assert entry.in_profile("Run `selfhost down`.", "default") == "Run `selfhost down`."
+    assert entry.in_profile("Run `selfhost down`.", "demo") == "Run `selfhost --profile demo down`."
+    twice = entry.in_profile(entry.in_profile("`selfhost up`", "demo"), "demo")
+    assert twice == "`selfhost --profile demo up`"
+
+
+class Broken(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_talk_goes_quiet_when_nobody_listens_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "err", render._Console(file=Broken()))
+    with render.Talk() as talk:
+        talk(Event("boot", "done", "here"))
+        talk(Event("boot", "done", "there"))
+
+
+def test_progress_without_a_terminal_is_a_line_for_each_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = io.StringIO()
+    monkeypatch.setattr(render, "err", Console(file=told, width=100))
+    with render.Talk() as talk:
+        for megabyte in range(101):
+            talk(Event("model", "progress", "", megabyte * 1_000_000, 100_000_000))
+        talk(Event("model", "done", "100 MB"))
+    lines = told.getvalue().splitlines()
+    assert len(lines) == 12
+    assert "100 of 100 MB" in lines[-2]
+    assert lines[-1].startswith("✓ model")
