@@ -109,7 +109,7 @@ def test_down_ends_the_box_when_the_ledger_is_lost(make_stage: MakeStage) -> Non
     for path in stage.paths.state.glob("ledger.sqlite3*"):
         path.unlink()
     answer = stage.ask("up", "--yes", code=5)
-    assert "selfhost down" in answer.err
+    assert "`selfhost --profile demo down`" in answer.err
     assert "which the ledger did not know" in stage.ask("down").out
     assert stage.billed == 0
     again = stuck_up(stage)  # the keeper sees the new ledger
@@ -137,9 +137,11 @@ def test_an_interrupted_up_cleans_up_although_nobody_reads_its_words_any_more(ma
     stage = make_stage()
     process = stuck_up(stage)
     assert process.stderr
+    assert process.stdout
     process.stderr.close()
     process.send_signal(signal.SIGINT)
     process.wait(30)
+    process.stdout.close()
     assert stage.billed == 0
 
 
