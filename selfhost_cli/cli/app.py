@@ -31,9 +31,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 def run(argv: Sequence[str]) -> int:
     """Run one command line; SelfhostErrors pass through to `entry.main`, which is the one error boundary."""
     profile, rest = _take_profile(list(argv))
-    from selfhost_cli.cli import render
-
-    render.speak_for(profile)
     try:
         app(args=rest, prog_name="selfhost", obj=profile)
     except SystemExit as end:

@@ -24,13 +24,18 @@ if TYPE_CHECKING:
 
 TUNNEL_WAIT_S = 60.0
 
+speaking_for = "default"
+"""The profile of this process, for the commands that its texts show."""
+
 
 def main() -> NoReturn:
     """The console script."""
-    sys.exit(boundary(lambda: _run(sys.argv[1:]), profile_of(sys.argv[1:], os.environ)))
+    global speaking_for
+    speaking_for = profile_of(sys.argv[1:], os.environ)
+    sys.exit(boundary(lambda: _run(sys.argv[1:])))
 
 
-def boundary(action: Callable[[], int], profile: str = "default") -> int:
+def boundary(action: Callable[[], int]) -> int:
     """Run a command; its exit code. The one place where errors become texts, and only those meant for a person.
 
     Anything else that is raised is a bug of ours and keeps its traceback.
@@ -38,7 +43,7 @@ def boundary(action: Callable[[], int], profile: str = "default") -> int:
     try:
         return action()
     except SelfhostError as error:
-        say(in_profile(f"selfhost: {error.message}" + (f"\n{error.remedy}" if error.remedy else ""), profile))
+        say(in_profile(f"selfhost: {error.message}" + (f"\n{error.remedy}" if error.remedy else ""), speaking_for))
         return error.exit_code
     except KeyboardInterrupt:
         say("selfhost: interrupted")

@@ -24,7 +24,7 @@ from rich.status import Status
 from rich.table import Table
 
 from selfhost_cli import status as state
-from selfhost_cli.cli.entry import in_profile
+from selfhost_cli.cli import entry
 from selfhost_cli.invoice import Invoice
 from selfhost_cli.lifecycle import Ended, Plan
 from selfhost_cli.model import Caps, Endpoint, Event, Rental
@@ -33,10 +33,11 @@ PROOF = "nothing is billed any more"
 
 
 class _Console(Console):
-    profile = "default"
-
     def print(self, *objects: Any, **options: Any) -> None:
-        super().print(*(in_profile(o, self.profile) if isinstance(o, str) else o for o in objects), **options)
+        """Commands in texts are shown for the profile at hand."""
+        super().print(
+            *(entry.in_profile(o, entry.speaking_for) if isinstance(o, str) else o for o in objects), **options
+        )
 
     def on_broken_pipe(self) -> None:
         """Rich would exit here, in the middle of whatever was being told; the error boundary knows better."""
@@ -45,11 +46,6 @@ class _Console(Console):
 
 out = _Console(highlight=False, soft_wrap=True)
 err = _Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def speak_for(profile: str) -> None:
-    """From now on every command shown is one for this profile."""
-    out.profile = err.profile = profile
 
 
 def as_json(value: Any) -> None:
