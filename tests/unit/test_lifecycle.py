@@ -23,7 +23,7 @@ from selfhost_cli.errors import (
 from selfhost_cli.ledger import Ledger, LedgerBroken
 from selfhost_cli.lifecycle import Plan, World
 from selfhost_cli.lock import ProcessLock
-from selfhost_cli.model import BoxState, Event, Instance, State
+from selfhost_cli.model import BoxSpec, BoxState, Event, Instance, State
 from selfhost_cli.remote.ssh import make_key
 from tests.fakes.box import FakeBox, FakeKeeper, serving
 from tests.fakes.clock import FakeClock
@@ -263,7 +263,7 @@ def test_up_resumes_the_box_of_an_up_that_was_killed(stage: Stage) -> None:
     offer = make_offer(1)
     rental = make_rental(f"{stage.world.prefix}a", sent_at=stage.clock.time())
     stage.ledger.intend(rental)
-    spec = lifecycle.BoxSpec(rental.label, "image", 30.0, "", {})
+    spec = BoxSpec(rental.label, "image", 30.0, "", {})
     stage.ledger.advance(rental, State.BOOTING, instance_id=stage.market.create(offer, spec))
     resumed = lifecycle.up(stage.world, lambda plan: pytest.fail("nothing new may be rented"))
     assert (resumed.label, resumed.state) == (rental.label, State.READY)
@@ -316,7 +316,7 @@ def test_down_waits_for_a_box_that_is_not_listed_yet(stage: Stage) -> None:
     stage.market.listing_lag = 40.0
     rental = make_rental(f"{stage.world.prefix}a", sent_at=stage.clock.time())
     stage.ledger.intend(rental)
-    stage.market.create(make_offer(1), lifecycle.BoxSpec(rental.label, "image", 30.0, "", {}))
+    stage.market.create(make_offer(1), BoxSpec(rental.label, "image", 30.0, "", {}))
     stage.down()
     assert stage.billed == 0
     assert stage.ledger.get(rental.label).state is State.ENDED  # type: ignore[union-attr]

@@ -1,0 +1,149 @@
+"""Up and down: the only place where effects are sequenced.
+
+A rental moves through `State`; `steps.STEPS` maps each state to the one step that leads on, so a crash resumes where
+the ledger says. The rules that keep people from paying for a lost machine:
+
+- The intent is committed, and the keeper knows of it, before the paid call.
+- The paid call is sent once; a lost answer is resolved by looking for the label for longer than a listing can lag.
+- Every failure before READY destroys what was made and proves it gone, or says loudly that it may still be billing.
+- `down` writes ENDING first; whoever tries to move the rental on after that gets `Superseded` and stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from selfhost_cli.config import Settings, Source
+from selfhost_cli.errors import (
+    MarketError,
+    MayBeBilling,
+    NothingToRent,
+    OfferGone,
+    SelfhostError,
+    Superseded,
+    UsageError,
+)
+from selfhost_cli.ledger import LedgerBroken
+from selfhost_cli.lifecycle.ending import check_market, down, finish, headline, prove, settle
+from selfhost_cli.lifecycle.renting import create, make_plan, preflight
+from selfhost_cli.lifecycle.steps import advance, check_health
+from selfhost_cli.lifecycle.world import SIMULATED, Books, Ended, Keeper, Plan, Report, World
+from selfhost_cli.lock import ProcessLock
+from selfhost_cli.model import Event, Rental, State
+
+CREATE_PAUSE_S = 5.0
+"""Between two paid calls: the market's own limit is 4.5 s."""
+
+
+def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = True) -> Rental:
+    """Bring a ready box up: resume or reuse what is already paid for, else rent. Returns the READY rental."""
+    lock = ProcessLock(world.settings.paths.up_lock)
+    if not lock.acquire():
+        raise UsageError(
+            f"another `selfhost up` of this profile is running (process {lock.holder()})",
+            "Wait for it, or end it and its box with `selfhost down`.",
+        )
+    with lock:
+        # Held from here on, so that a `down` which begins now ends us before it proves that nothing is left.
+        if ProcessLock(world.settings.paths.down_lock).holder() is not None:
+            raise UsageError("a `selfhost down` of this profile is running", "Run `selfhost up` again when it is done.")
+        preflight(world, needs_claude=needs_claude)
+        rental = _unfinished(world)
+        if rental is None:
+            plan = make_plan(world)
+            if not confirm(plan):
+                raise SelfhostError("nothing was rented")
+            return _guarded(world, lambda: _rent(world, plan))
+        _check_wishes(world.settings, rental)
+        if rental.state is State.READY:
+            return _attach(world, rental)
+        return _guarded(world, lambda: advance(world, rental))
+
+
+def _unfinished(world: World) -> Rental | None:
+    """The rental to go on with, after those that were to end have been ended."""
+    check_market(world, world.ledger.live())
+    for rental in world.ledger.live():
+        if rental.state is State.ENDING:
+            finish(world, rental)
+        elif rental.state is State.READY:
+            settle(world, rental)
+    live = world.ledger.live()
+    known = {rental.label for rental in live}
+    unknown = [box for box in world.provider.instances(world.prefix) if box.label not in known]
+    if unknown:
+        raise MayBeBilling(
+            f"box {unknown[0].id} (${unknown[0].dph_total:.2f}/h) carries our label, but the ledger does not know it",
+            "End it with `selfhost down`.",
+        )
+    return live[0] if live else None
+
+
+def _check_wishes(settings: Settings, rental: Rental) -> None:
+    """A flag that asks for something other than what is up is an error, and never silently ignored."""
+    caps = rental.caps
+    have: dict[str, object] = {"model": rental.model, "engine": rental.engine, "max_spend": caps.max_dollars}
+    have |= {"gpu": rental.gpu.removesuffix(SIMULATED), "hours": caps.max_s / 3600, "idle": caps.idle_s / 60}
+    for name, value in have.items():
+        if settings.sources[name] is Source.FLAG and getattr(settings, name) != value:
+            raise UsageError(
+                f"{rental} is up already, with {name} {value}; --{name.replace('_', '-')} cannot change that",
+                "Leave the option out, or end the box with `selfhost down` first.",
+            )
+
+
+def _guarded(world: World, work: Callable[[], Rental]) -> Rental:
+    """Run a part of `up` that spends money: unless it returns, what it made is destroyed and proven gone."""
+    try:
+        return work()
+    except Superseded:
+        raise  # `down` was faster and ends the box itself
+    except BaseException as error:
+        _clean_up(world, error)
+        raise
+
+
+def _clean_up(world: World, cause: BaseException) -> None:
+    """Only called while no box was READY before, so all that carries our prefix is this `up`'s."""
+    reason = "interrupted" if isinstance(cause, KeyboardInterrupt) else str(cause)
+    rentals: list[Rental] = []
+    try:
+        try:
+            rentals = world.ledger.live()
+            for rental in rentals:
+                world.ledger.end(rental.label, reason)
+            if not rentals:
+                return  # nothing was sent, or the market said no
+        except LedgerBroken as error:
+            world.report(Event("down", "note", f"{error.message}; ending what carries our label"))
+        prove(world, rentals)
+    except MayBeBilling as error:
+        raise error from cause
+    except BaseException as error:
+        raise headline(rentals, (), str(error) or "interrupted again while cleaning up") from cause
+
+
+def _rent(world: World, plan: Plan) -> Rental:
+    """Walk the offers until one is ours and READY."""
+    problem: MarketError | None = None
+    for turn, ranked in enumerate(plan.choice.ranked[:5]):
+        if turn:
+            world.clock.sleep(CREATE_PAUSE_S if not world.settings.sandbox else 0.2)
+        try:
+            rental = create(world, plan, ranked)
+        except OfferGone as error:
+            world.report(Event("rent", "note", f"{error.message}; trying the next one"))
+            problem = error
+            continue
+        return advance(world, rental)
+    raise NothingToRent("every offer was gone when we asked for it", "Run `selfhost up` again.") from problem
+
+
+def _attach(world: World, rental: Rental) -> Rental:
+    """A box that was READY before: reused, checked, and never destroyed by `up`."""
+    world.report(Event("reuse", "done", f"{rental} is already yours"))
+    check_health(world, rental)
+    return rental
+
+
+__all__ = ["Books", "Ended", "Keeper", "Plan", "Report", "World", "down", "finish", "preflight", "settle", "up"]

@@ -1,0 +1,242 @@
+"""The end of a box, and the proof of it: asked of the market, not of our memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+from selfhost_cli.errors import (
+    KeyRefused,
+    MarketError,
+    MayBeBilling,
+)
+from selfhost_cli.invoice import Invoice, invoice
+from selfhost_cli.ledger import LedgerBroken, Usage
+from selfhost_cli.lifecycle.world import ANY_INSTALLATION, Books, Ended, market_of
+from selfhost_cli.lock import ProcessLock
+from selfhost_cli.model import Event, Instance, Rental
+from selfhost_cli.wait import Clock, Pending, TimedOut, until
+
+STOP_UP_S = 30.0
+AGAIN_S = 20.0
+"""Until a box that is still listed is destroyed once more."""
+
+
+def down(books: Books, *, everything: bool = False) -> Ended:
+    """End every box of this installation and prove it. Raises MayBeBilling when that cannot be proven.
+
+    Works without a usable ledger, from the labels alone. `everything` also ends boxes of other installations of
+    selfhost on this account; nothing else is ever touched.
+    """
+    with ProcessLock(books.settings.paths.down_lock) as lock:
+        lock.acquire()  # a second `down` beside us does no harm: everything here may be done twice
+        rentals, broken = _record_ending(books)
+        check_market(books, rentals)
+        _stop_up(books)
+        if not broken:
+            rentals = books.ledger.live()
+        unknown = prove(books, rentals, everything=everything, distrust=broken)
+        foreign = () if everything else _others(books)
+        return Ended(tuple(_bill(books, rental) for rental in rentals), unknown, foreign, broken)
+
+
+def finish(books: Books, rental: Rental) -> Invoice:
+    """End one rental that is recorded as ENDING: destroy, prove, record. Repeatable, by whoever gets to it."""
+    check_market(books, [rental])
+    prove(books, [books.ledger.get(rental.label) or rental], only=rental.label)
+    return _bill(books, rental)
+
+
+def settle(books: Books, rental: Rental) -> bool:
+    """Whether a box has ended by itself (its watchdog, its host): recorded only when the market's list proves it."""
+    check_market(books, [rental])
+    if any(box.id == rental.instance_id for box in books.provider.instances(rental.label)):
+        return False
+    books.ledger.end(rental.label, "the box ended by itself")
+    finish(books, rental)
+    return True
+
+
+def _record_ending(books: Books) -> tuple[list[Rental], str]:
+    """ENDING for every live rental, and why that could not be written, if so."""
+    try:
+        rentals = books.ledger.live()
+        for rental in rentals:
+            books.ledger.end(rental.label, "down")
+    except LedgerBroken as error:
+        books.report(Event("down", "note", f"{error.message}; asking the market itself"))
+        return [], error.message
+    return rentals, books.ledger.broken
+
+
+def check_market(books: Books, rentals: list[Rental]) -> None:
+    """Another market or account knows nothing of our boxes, and its silence would prove nothing."""
+    if not rentals:
+        return
+    try:
+        here = market_of(books.settings, books.provider.account())
+    except MarketError as error:
+        raise headline(rentals, (), error.message) from error
+    for rental in rentals:
+        if rental.market and rental.market != here:
+            raise headline([rental], (), f"it was rented at {rental.market}, and this is {here}")
+
+
+def _stop_up(books: Books) -> None:
+    """End an `up` that is still running."""
+    lock = ProcessLock(books.settings.paths.up_lock)
+    holder = _sure_holder(lock, books.clock)
+    if holder is None or holder == os.getpid():
+        return
+    books.report(Event("down", "note", f"ending the `selfhost up` that is running (process {holder})"))
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.kill(holder, sign)
+            until(
+                lambda: Pending("still running") if lock.holder() == holder else True,
+                what="the running `selfhost up`",
+                seconds=STOP_UP_S,
+                every=0.1,
+                clock=books.clock,
+            )
+        except ProcessLookupError:
+            return
+        except TimedOut:
+            continue
+        return
+
+
+def _sure_holder(lock: ProcessLock, clock: Clock) -> int | None:
+    """The same process id twice: for a moment a lock's file may still hold the one of an owner that was killed."""
+    for _ in range(20):
+        first = lock.holder()
+        if first is None:
+            return None
+        clock.sleep(0.05)
+        if first and lock.holder() == first:
+            return first
+    return None
+
+
+def prove(
+    books: Books, rentals: list[Rental], *, only: str = "", everything: bool = False, distrust: str = ""
+) -> tuple[Instance, ...]:
+    """Destroy until a complete listing shows none of ours, and return the boxes that the ledger did not know.
+
+    What the listing says decides; a destroy that fails is told and tried again. Absence counts only once the listing
+    can no longer lag behind the last possible create: of a rental without an id, of a young one, or, when the ledger
+    cannot be trusted, of any. Raises MayBeBilling naming what may be left.
+    """
+    prefix = only or (ANY_INSTALLATION if everything else books.prefix)
+    known = {rental.label for rental in rentals}
+    numbers = [rental.instance_id for rental in rentals if rental.instance_id is not None]
+    listed: dict[int, Instance] = {}
+    asked: dict[int, float] = {}
+    problems: dict[int, str] = {}
+    lag, began = books.settings.listing_lag, books.clock.monotonic()
+    may_appear = bool(distrust) or any(_young(rental, lag, books.clock.time()) for rental in rentals)
+
+    def destroy(number: int) -> None:
+        asked[number] = books.clock.monotonic()
+        try:
+            books.provider.destroy(number)
+        except MarketError as error:
+            problems[number] = error.message
+            asked.pop(number)
+
+    def wait(why: str) -> Pending:
+        books.report(Event("down", "progress", why))
+        return Pending(why)
+
+    def look() -> bool | Pending:
+        nonlocal may_appear
+        try:
+            boxes = books.provider.instances(prefix)
+        except KeyRefused:
+            raise
+        except MarketError as error:
+            if not rentals and not listed and not distrust:
+                raise  # nothing speaks for a box of ours; this is about the network
+            return wait(error.message)
+        for box in boxes:
+            listed[box.id] = box
+            if books.clock.monotonic() - asked.get(box.id, float("-inf")) > AGAIN_S:
+                destroy(box.id)
+        if boxes:
+            return wait(problems.get(boxes[0].id) or f"the market still lists box {boxes[0].id}")
+        if may_appear and books.clock.monotonic() - began < lag:
+            return wait(f"a box may still appear in the market's list, for {lag:.0f} s")
+        if may_appear and numbers:
+            may_appear = False
+            for number in numbers:
+                destroy(number)  # the first time it may have been too young to be known
+            return Pending("asked once more")
+        return True
+
+    for rental in rentals:
+        if rental.instance_id is not None:
+            books.report(Event("down", "start", f"destroying {rental}"))
+            destroy(rental.instance_id)
+
+    def strangers() -> tuple[Instance, ...]:
+        return tuple(box for box in listed.values() if box.label not in known)
+
+    try:
+        until(
+            look, what="proof that nothing is left", seconds=lag * 3 + 60, every=books.settings.poll, clock=books.clock
+        )
+    except (MarketError, TimedOut, KeyboardInterrupt) as error:
+        if not rentals and not listed and isinstance(error, MarketError):
+            raise  # no sign of a box anywhere: this is about the key or the network
+        raise headline(rentals, strangers(), str(error) or "interrupted") from error
+    _record_ended(books, rentals)
+    books.report(Event("down", "done", "the market lists none of our boxes"))
+    return strangers()
+
+
+def _young(rental: Rental, lag: float, now: float) -> bool:
+    """Whether the listing may not know the box yet."""
+    return rental.sent_at is not None and (rental.instance_id is None or now - rental.sent_at < lag)
+
+
+def _record_ended(books: Books, rentals: list[Rental]) -> None:
+    for rental in rentals:
+        try:
+            books.ledger.ended(rental.label, books.clock.time())
+        except LedgerBroken as error:
+            books.report(Event("down", "note", f"the box is gone, but {error.message}"))
+
+
+def _others(books: Books) -> tuple[Instance, ...]:
+    ours = books.prefix
+    try:
+        boxes = books.provider.instances(ANY_INSTALLATION)
+    except MarketError as error:
+        books.report(Event("down", "note", f"other installations were not looked for: {error.message}"))
+        return ()
+    return tuple(box for box in boxes if not box.label.startswith(ours))
+
+
+def _bill(books: Books, rental: Rental) -> Invoice:
+    """The invoice; the market's own figures when it has them. Not being able to ask is no reason to fail `down`."""
+    usage, charges = Usage(), None
+    try:
+        rental = books.ledger.get(rental.label) or rental
+        usage = books.ledger.usage(rental.label)
+        if rental.instance_id is not None:
+            charges = books.provider.charges(rental.instance_id, rental.sent_at or rental.created_at)
+    except (LedgerBroken, MarketError) as error:
+        books.report(Event("down", "note", f"the invoice is an estimate: {error.message}"))
+    return invoice(rental, usage, charges, now=books.clock.time())
+
+
+def headline(rentals: Sequence[Rental], strangers: Sequence[Instance], why: str) -> MayBeBilling:
+    """Money may still flow: what, how much, and the command that ends it."""
+    told = [str(rental) for rental in rentals]
+    told += [f"box {box.id} ({box.gpu}, ${box.dph_total:.2f}/h)" for box in strangers]
+    return MayBeBilling(
+        f"{', '.join(told) or 'a box of this installation'} MAY STILL BE BILLING: {why}",
+        "Run `selfhost down` until it says that nothing is billed any more, or end it at "
+        "https://cloud.vast.ai/instances/.",
+    )

@@ -1,0 +1,205 @@
+"""Before and including the paid call: what could be wrong, what to rent, and the call itself."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import uuid
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from selfhost_cli import config, offers, payload
+from selfhost_cli.config import Settings
+from selfhost_cli.errors import (
+    AnswerLost,
+    MarketError,
+    NoCredit,
+    NothingToRent,
+    NotSetUp,
+    SelfhostError,
+    UsageError,
+)
+from selfhost_cli.lifecycle.world import SIMULATED, Plan, World, market_of
+from selfhost_cli.model import BoxSpec, Caps, Event, Need, Rental, State
+
+FORGIVEN_S = 14 * 86_400.0
+
+
+def preflight(world: World, *, needs_claude: bool = True) -> None:
+    """Everything that can be known to be wrong before money is spent."""
+    settings = world.settings
+    if settings.engine not in ("llamacpp", "ollama"):
+        raise UsageError(f"engine {settings.engine!r} is unknown", "The engines are ollama and llamacpp.")
+    if settings.engine == "ollama":
+        raise NotSetUp(
+            "the engine ollama is not part of this version yet, so nothing can be served on a live GPU box",
+            "Try `selfhost demo`: the whole way on this machine, in a sandbox.",
+        )
+    if not settings.sandbox:
+        raise UsageError(
+            "llamacpp here is a CPU build: on a rented GPU it would waste your money",
+            "The engine for GPU boxes is ollama; llamacpp serves `selfhost demo`.",
+        )
+    world.ledger.check()
+    world.provider.account()
+    if needs_claude:
+        world.find_claude()
+    world.keeper.start()  # finds the local port, too
+    world.provider.register_key(login_key(world)[1])
+
+
+def make_plan(world: World) -> Plan:
+    """Ask the market and choose. Raises NothingToRent with the reasons, NoCredit when the account cannot pay."""
+    settings = world.settings
+    need = Need(
+        gpu=settings.gpu,
+        gpu_ram_mb=settings.gpu_ram_mb,
+        ram_mb=settings.ram_mb,
+        reliability=settings.reliability,
+        inet_down_mbps=settings.inet_down_mbps,
+        disk_gb=settings.disk_gb,
+        hours=settings.hours,
+        region=settings.region,
+        max_price=settings.max_price,
+    )
+    download = settings.model_bytes + config.IMAGE_GB * 1e9
+    found = world.provider.offers(need)
+    choice = offers.choose(
+        need, found, download_bytes=download, avoid=_failed_before(world), max_spend=settings.max_spend
+    )
+    if not choice.ranked:
+        raise NothingToRent(
+            _why_nothing(world, need, download), "Loosen --max-price, --region, --disk or --hours, or try later."
+        )
+    account = world.provider.account()
+    best = choice.ranked[0]
+    least = best.offer.dph_total * (best.ready_s / 3600 + 1 / 6)
+    if account.credit < least:
+        raise NoCredit(
+            f"the account has ${account.credit:.2f}; getting ready and ten minutes of work cost ${least:.2f}",
+            "Add credit at https://cloud.vast.ai/billing/.",
+        )
+    caps = Caps(
+        lease_s=round(settings.lease * 60),
+        idle_s=round(settings.idle * 60),
+        max_s=round(settings.hours * 3600),
+        max_dollars=settings.max_spend,
+    )
+    return Plan(
+        choice=choice,
+        caps=caps,
+        model=settings.model,
+        engine=settings.engine,
+        context=settings.context,
+        disk_gb=settings.disk_gb,
+        hours=settings.hours,
+        account=account,
+        simulated=settings.sandbox,
+    )
+
+
+def login_key(world: World) -> tuple[Path, str]:
+    """This profile's login key, made at first use: (path of the private half, public line)."""
+    path = world.settings.paths.login_key
+    public = path.with_suffix(".pub")
+    if not (path.exists() and public.exists()):
+        private_text, public_text = world.make_key("selfhost")
+        for target, text in ((path, private_text), (public, public_text + "\n")):
+            draft = target.with_name(target.name + ".new")
+            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(text)
+            draft.replace(target)
+    return path, public.read_text().strip()
+
+
+def create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
+    """Intent, keeper, paid call: in this order. Returns the rental in BOOTING."""
+    offer, settings = ranked.offer, world.settings
+    host_private, host_public = world.make_key("selfhost-bootstrap")
+    _, login_public = login_key(world)
+    label = f"{world.prefix}{uuid.uuid4()}"
+    env = _box_env(settings, plan, ranked)
+    spec = BoxSpec(label, settings.image, plan.disk_gb, payload.onstart(host_private, host_public, login_public), env)
+    rental = Rental(
+        label=label,
+        state=State.CREATING,
+        created_at=world.clock.time(),
+        offer_id=offer.id,
+        machine_id=offer.machine_id,
+        gpu=f"{offer.gpu}{SIMULATED}" if plan.simulated else offer.gpu,
+        place=offer.place,
+        dph_base=offer.dph_base,
+        dph_total=offer.dph_total,
+        storage_dph=offer.storage_dph,
+        down_per_gb=offer.down_per_gb,
+        up_per_gb=offer.up_per_gb,
+        model=plan.model,
+        engine=plan.engine,
+        context=plan.context,
+        caps=plan.caps,
+        host_key=host_public,
+        box_token=secrets.token_urlsafe(32),
+        market=market_of(settings, plan.account),
+    )
+    world.ledger.intend(rental)
+    try:
+        if label not in world.keeper.watched():
+            raise SelfhostError("the keeper does not watch the new rental", "Run `selfhost up` again.")
+        world.report(Event("rent", "start", f"renting {rental.gpu} in {offer.place or 'an unknown place'}"))
+        rental = world.ledger.note(rental, sent_at=world.clock.time())
+    except SelfhostError:
+        world.ledger.ended(label, world.clock.time())  # not sent: nothing exists
+        raise
+    try:
+        instance_id = world.provider.create(offer, spec)
+    except AnswerLost:
+        world.report(Event("rent", "note", "the market's answer was lost; looking for the box by its label"))
+        return rental
+    except MarketError:
+        world.ledger.ended(label, world.clock.time())  # refused: nothing exists
+        raise
+    world.report(Event("rent", "done", f"box {instance_id}"))
+    return world.ledger.advance(rental, State.BOOTING, instance_id=instance_id)
+
+
+def _box_env(settings: Settings, plan: Plan, ranked: offers.Ranked) -> dict[str, str]:
+    """What the box must know before anybody can log in. No secret: the market shows these to the host."""
+    offer, caps = ranked.offer, plan.caps
+    env = {
+        "SELFHOST_MARKET_URL": settings.market_url,
+        "SELFHOST_LEASE_S": str(caps.lease_s),
+        "SELFHOST_IDLE_S": str(caps.idle_s),
+        "SELFHOST_MAX_S": str(caps.max_s),
+        "SELFHOST_MAX_DOLLARS": f"{caps.max_dollars:.4f}",
+        "SELFHOST_DPH": f"{offer.dph_total:.6f}",
+        "SELFHOST_DOWN_PER_GB": f"{offer.down_per_gb:.6f}",
+        "SELFHOST_UP_PER_GB": f"{offer.up_per_gb:.6f}",
+        "SELFHOST_UNGUARDED": "1" if settings.unguarded else "",
+    }
+    if settings.model_url:
+        env["SELFHOST_FETCH_URL"] = settings.model_url
+        env["SELFHOST_FETCH_SHA256"] = settings.model_sha256
+    return env
+
+
+def _failed_before(world: World) -> set[int]:
+    """Machines on which a box of ours never got ready, in the last two weeks."""
+    since = world.clock.time() - FORGIVEN_S
+    ours = ("down", "interrupted")
+    return {
+        rental.machine_id
+        for rental in world.ledger.all()
+        if rental.instance_id and rental.ready_at is None and rental.reason not in ours and rental.created_at > since
+    }
+
+
+def _why_nothing(world: World, need: Need, download: float) -> str:
+    """Ask again without the limits, so that they can be named."""
+    loose = replace(need, gpu_ram_mb=0, ram_mb=0, reliability=0.0, inet_down_mbps=0.0, hours=0.0, max_price=None)
+    choice = offers.choose(need, world.provider.offers(loose), download_bytes=download)
+    if not choice.refused:
+        return f"the market has no {need.gpu} now"
+    reasons = Counter(refusal.why for refusal in choice.refused).most_common(4)
+    told = ", ".join(f"{count} × {why}" for why, count in reasons)
+    return f"no {need.gpu} within the limits; {len(choice.refused)} offers refused: {told}"

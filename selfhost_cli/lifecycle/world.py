@@ -1,0 +1,98 @@
+"""What `up` and `down` work with: everything outside behind a seam, and the values between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from selfhost_cli import config, offers
+from selfhost_cli.attach import Front
+from selfhost_cli.config import Settings
+from selfhost_cli.invoice import Invoice
+from selfhost_cli.ledger import Ledger
+from selfhost_cli.model import Account, Caps, Endpoint, Event, Instance
+from selfhost_cli.providers import Provider
+from selfhost_cli.remote import Remote
+from selfhost_cli.wait import SYSTEM, Clock
+
+Report = Callable[[Event], None]
+
+ANY_INSTALLATION = "selfhost-"
+SIMULATED = " (simulated GPU)"
+
+
+class Keeper(Protocol):
+    """The detached process that outlives `up`; see `keeper/`."""
+
+    def start(self) -> Front:
+        """Make sure that it runs, and return its front."""
+        ...
+
+    def watched(self) -> set[str]:
+        """Make it read the ledger now; the labels it watches over."""
+        ...
+
+    def tunnel(self, label: str) -> tuple[str, str]:
+        """State and reason of a rental's tunnel; the state is "up" when requests get through."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Books:
+    """What it takes to end a box and prove it: made by a wiring, replaced by tests."""
+
+    settings: Settings
+    provider: Provider
+    ledger: Ledger
+    report: Report
+    clock: Clock = SYSTEM
+
+    @property
+    def prefix(self) -> str:
+        """What the labels of this installation's boxes begin with."""
+        return f"{ANY_INSTALLATION}{config.installation_id(self.settings.paths)}-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class World(Books):
+    """What it takes to bring one up, too."""
+
+    keeper: Keeper
+    connect: Callable[[Endpoint, str, Path], Remote]
+    make_key: Callable[[str], tuple[str, str]]
+    find_claude: Callable[[], Path]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `up` is about to do: shown, confirmed and then executed from this one value."""
+
+    choice: offers.Choice
+    caps: Caps
+    model: str
+    engine: str
+    context: int
+    disk_gb: float
+    hours: float
+    account: Account
+    simulated: bool
+
+    @property
+    def best(self) -> offers.Ranked:
+        return self.choice.ranked[0]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What `down` found and ended, and what carries another installation's label."""
+
+    invoices: tuple[Invoice, ...]
+    unknown: tuple[Instance, ...]
+    foreign: tuple[Instance, ...]
+    ledger_problem: str = ""
+
+
+def market_of(settings: Settings, account: Account) -> str:
+    return f"{settings.market_url} account {account.id}"
