@@ -72,7 +72,8 @@ def up(
 ) -> None:
     """Rent a box, or resume the one already paid for, and launch Claude Code against it."""
     from selfhost_cli import lifecycle
-    from selfhost_cli.cli import entry, render, wiring
+    from selfhost_cli.cli import launch as launching
+    from selfhost_cli.cli import render, wiring
 
     interactive = _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
     if not interactive and not yes:
@@ -105,7 +106,7 @@ def up(
     else:
         render.ready(rental, url)
     if launch:
-        entry.claude(settings.profile, claude_args or [])
+        launching.claude(settings.profile, claude_args or [])
 
 
 @app.command()
@@ -144,9 +145,9 @@ def status(ctx: typer.Context, json: Json = False) -> None:
 @app.command()
 def env(ctx: typer.Context, json: Json = False) -> None:
     """The environment that `selfhost claude` sets, as shell lines: for other clients of the same box."""
-    from selfhost_cli.cli import entry, render
+    from selfhost_cli.cli import launch, render
 
-    values = entry.environment(_settings(ctx))
+    values = launch.environment(_settings(ctx))
     if json:
         render.as_json(values)
         return
@@ -159,9 +160,9 @@ def env(ctx: typer.Context, json: Json = False) -> None:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def claude(ctx: typer.Context) -> None:
     """Run Claude Code against the box; every argument passes through untouched."""
-    from selfhost_cli.cli import entry
+    from selfhost_cli.cli import launch
 
-    entry.claude(_settings(ctx).profile, ctx.args)
+    launch.claude(_settings(ctx).profile, ctx.args)
 
 
 @app.command()

@@ -9,29 +9,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-from selfhost_cli.errors import MayBeBilling, NotSetUp, SelfhostError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from selfhost_cli.attach import Front
-    from selfhost_cli.config import Settings
-    from selfhost_cli.ledger import Ledger
-    from selfhost_cli.model import Rental
-    from selfhost_cli.wait import Clock
-
-TUNNEL_WAIT_S = 60.0
-
-speaking_for = "default"
-"""The profile of this process, for the commands that its texts show."""
+from selfhost_cli.cli import words
+from selfhost_cli.errors import NotSetUp, SelfhostError
 
 
 def main() -> NoReturn:
     """The console script."""
-    global speaking_for
-    speaking_for = profile_of(sys.argv[1:], os.environ)
+    words.speaking_for = profile_of(sys.argv[1:], os.environ)
     sys.exit(boundary(lambda: _run(sys.argv[1:])))
 
 
@@ -43,27 +29,23 @@ def boundary(action: Callable[[], int]) -> int:
     try:
         return action()
     except SelfhostError as error:
-        say(in_profile(f"selfhost: {error.message}" + (f"\n{error.remedy}" if error.remedy else ""), speaking_for))
+        words.say(
+            words.in_profile(
+                f"selfhost: {error.message}" + (f"\n{error.remedy}" if error.remedy else ""), words.speaking_for
+            )
+        )
         return error.exit_code
     except KeyboardInterrupt:
-        say("selfhost: interrupted")
+        words.say("selfhost: interrupted")
         return 130
     except BrokenPipeError:
-        _discard(1)
+        words.discard(1)
         return 128 + 13
     except OSError as error:
         if error.filename is None:
             raise
-        say(f"selfhost: {error.filename}: {error.strerror}")
+        words.say(f"selfhost: {error.filename}: {error.strerror}")
         return NotSetUp.exit_code
-
-
-def say(text: str) -> None:
-    """One remark on stderr; stdout belongs to the product."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:
-        _discard(2)
 
 
 def profile_of(argv: Sequence[str], env: Mapping[str, str]) -> str:
@@ -79,15 +61,6 @@ def profile_of(argv: Sequence[str], env: Mapping[str, str]) -> str:
         elif word == "claude":
             break
     return profile
-
-
-def in_profile(text: str, profile: str) -> str:
-    """A text with each command in it made one for this profile: typed as shown, it must act on the right box."""
-    if profile == "default":
-        return text
-    return text.replace("`selfhost ", f"`selfhost --profile {profile} ").replace(
-        f"`selfhost --profile {profile} --profile", "`selfhost --profile"
-    )
 
 
 def claude_arguments(argv: Sequence[str], env: Mapping[str, str]) -> tuple[str, list[str]] | None:
@@ -106,165 +79,12 @@ def claude_arguments(argv: Sequence[str], env: Mapping[str, str]) -> tuple[str, 
     return None
 
 
-def claude(profile: str, args: Sequence[str]) -> NoReturn:
-    """Become Claude Code on this profile's box. Raises NotSetUp, or MayBeBilling once there is a box."""
-    from pathlib import Path
-
-    from selfhost_cli import attach, config
-    from selfhost_cli import claude as code
-
-    settings = config.load(profile)
-    ledger = _ledger(settings)
-    rental = ready(ledger, profile)
-    try:
-        binary = code.find(settings.claude, os.environ)
-        if warning := code.seen_version(binary, settings.paths.state).warning:
-            say(f"selfhost: {warning}")
-        front = attach.ensure(settings)
-    except SelfhostError as error:
-        raise _billed(error, rental, profile) from error
-    wait_for_tunnel(front, ledger, rental, profile)
-    ledger.close()
-    try:
-        launch = code.launch(
-            binary,
-            args,
-            url=front.url,
-            token=front.token,
-            model=rental.model,
-            context=rental.context,
-            env=os.environ,
-            home=Path(settings.claude_home).expanduser() if settings.claude_home else None,
-        )
-        code.execute(launch)
-    except SelfhostError as error:
-        raise _billed(error, rental, profile) from error
-
-
-def environment(settings: Settings) -> dict[str, str]:
-    """What `claude` sets, for other clients of the same box. Raises like `claude`."""
-    from selfhost_cli import attach
-    from selfhost_cli import claude as code
-
-    ledger = _ledger(settings)
-    rental = ready(ledger, settings.profile)
-    ledger.close()
-    try:
-        front = attach.ensure(settings)
-        return code.environment(front.url, front.token, rental.model, rental.context, os.environ)
-    except SelfhostError as error:
-        raise _billed(error, rental, settings.profile) from error
-
-
-def ready(ledger: Ledger, profile: str) -> Rental:
-    """The box to talk to. Raises NotSetUp when there is none, MayBeBilling when one exists that is not ready."""
-    from selfhost_cli.model import State
-
-    live = ledger.live()
-    for rental in live:
-        if rental.state is State.READY:
-            return rental
-    if not live:
-        raise _no_box(profile)
-    rental = live[-1]
-    ending = rental.state is State.ENDING
-    raise MayBeBilling(
-        f"{rental} is {rental.state}, not ready, and may be billed",
-        f"`{command(profile, 'down')}` ends it" + ("." if ending else f"; `{command(profile, 'up')}` goes on with it."),
-    )
-
-
-def wait_for_tunnel(
-    front: Front,
-    ledger: Ledger,
-    rental: Rental,
-    profile: str,
-    *,
-    seconds: float = TUNNEL_WAIT_S,
-    clock: Clock | None = None,
-) -> None:
-    """Return when the keeper says that the tunnel is up, or after `seconds`: the front answers then as well.
-
-    Raises like `ready` when the box is taken down meanwhile.
-    """
-    from selfhost_cli import wait
-
-    told = False
-
-    def probe() -> bool | wait.Pending:
-        nonlocal told
-        why = _away(front, rental)
-        if not why:
-            return True
-        if ready(ledger, profile).label != rental.label:
-            raise _no_box(profile)
-        if not told:
-            say(f"selfhost: waiting for the tunnel to {rental}: {why}")
-            told = True
-        return wait.Pending(why)
-
-    try:
-        wait.until(probe, what="the tunnel", seconds=seconds, every=0.25, clock=clock or wait.SYSTEM)
-    except wait.TimedOut as error:
-        say(f"selfhost: {error.message}; starting claude all the same, it tries again by itself")
-
-
-def command(profile: str, verb: str) -> str:
-    """A command to type, for this profile."""
-    return f"selfhost {verb}" if profile == "default" else f"selfhost --profile {profile} {verb}"
-
-
 def _run(argv: list[str]) -> int:
     wanted = claude_arguments(argv, os.environ)
     if wanted is not None:
-        claude(*wanted)
+        from selfhost_cli.cli import launch
+
+        launch.claude(*wanted)
     from selfhost_cli.cli.app import run
 
     return run(argv)
-
-
-def _discard(descriptor: int) -> None:
-    """Nobody reads it any more. The interpreter would fail, with an exit code of its own, to flush it at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-
-
-def _ledger(settings: Settings) -> Ledger:
-    """The profile's ledger; where there is none, none is made. Raises NotSetUp."""
-    from selfhost_cli.ledger import Ledger
-
-    if _absent(settings.paths.ledger):
-        raise _no_box(settings.profile)
-    return Ledger(settings.paths.ledger)
-
-
-def _absent(path: Path) -> bool:
-    """Surely not there. A file that cannot be looked at may be there, and opening it tells what is wrong."""
-    try:
-        path.stat()
-    except OSError as error:
-        return isinstance(error, FileNotFoundError | NotADirectoryError)
-    return False
-
-
-def _away(front: Front, rental: Rental) -> str:
-    """Why requests do not reach the box, "" when they do."""
-    from selfhost_cli import attach
-
-    try:
-        known = attach.call(front, "state").get("rentals")
-    except SelfhostError as error:
-        return error.message
-    for entry in known if isinstance(known, list) else []:
-        if isinstance(entry, dict) and entry.get("label") == rental.label:
-            return "" if entry.get("state") == "up" else str(entry.get("reason") or entry.get("state"))
-    return "the keeper does not hold it yet"
-
-
-def _billed(error: SelfhostError, rental: Rental, profile: str) -> MayBeBilling:
-    """What keeps us from using the box: that it costs money meanwhile is the headline."""
-    remedy = f"{error.remedy}\n`{command(profile, 'down')}` ends the box.".lstrip()
-    return MayBeBilling(f"{rental} is {rental.state} and billed, but {error.message}", remedy)
-
-
-def _no_box(profile: str) -> NotSetUp:
-    return NotSetUp("there is no box to run Claude Code on", f"Rent one: `{command(profile, 'up')}`.")

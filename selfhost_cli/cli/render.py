@@ -24,7 +24,7 @@ from rich.status import Status
 from rich.table import Table
 
 from selfhost_cli import status as state
-from selfhost_cli.cli import entry
+from selfhost_cli.cli import words
 from selfhost_cli.invoice import Invoice
 from selfhost_cli.lifecycle import Ended, Plan
 from selfhost_cli.model import Caps, Endpoint, Event, Rental
@@ -36,7 +36,7 @@ class _Console(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """Commands in texts are shown for the profile at hand."""
         super().print(
-            *(entry.in_profile(o, entry.speaking_for) if isinstance(o, str) else o for o in objects), **options
+            *(words.in_profile(o, words.speaking_for) if isinstance(o, str) else o for o in objects), **options
         )
 
     def on_broken_pipe(self) -> None:

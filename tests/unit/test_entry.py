@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from selfhost_cli import attach, config
-from selfhost_cli.cli import entry
+from selfhost_cli.cli import entry, launch
 from selfhost_cli.errors import MayBeBilling, NotSetUp, SelfhostError
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.model import State
@@ -149,7 +149,7 @@ def test_the_environment_for_other_clients_is_the_one_claude_gets(user: User, mo
         monkeypatch.setenv(name, value)
     with StubFront(TOKEN, state()) as front:
         user.keeper(front)
-        told = entry.environment(config.load("default"))
+        told = launch.environment(config.load("default"))
         seen = json.loads(user.selfhost("claude").stdout)["env"]
     assert told["ANTHROPIC_AUTH_TOKEN"] == TOKEN
     assert told.items() <= seen.items()
@@ -282,7 +282,7 @@ class Clock:
 def waiting(front: StubFront, ledger: Ledger, clock: Clock) -> None:
     address = attach.Front(f"http://127.0.0.1:{front.port}", front.port, TOKEN)
     rental = ledger.live()[0]
-    entry.wait_for_tunnel(address, ledger, rental, "default", seconds=2.0, clock=clock)
+    launch.wait_for_tunnel(address, ledger, rental, "default", seconds=2.0, clock=clock)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_a_reader_that_left_is_no_error_text() -> None:
 
 
 def test_remarks_to_nobody_are_no_error() -> None:
-    code = "import os; from selfhost_cli.cli.entry import say; os.close(2); say('hello')"
+    code = "import os; from selfhost_cli.cli.words import say; os.close(2); say('hello')"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

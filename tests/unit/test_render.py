@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from selfhost_cli.cli import entry, render
+from selfhost_cli.cli import render, words
 from selfhost_cli.invoice import invoice
 from selfhost_cli.ledger import Usage
 from selfhost_cli.lifecycle import Ended
@@ -51,9 +51,9 @@ def test_no_secret_is_in_json_and_an_endpoint_has_names(capsys: pytest.CaptureFi
 
 
 def test_commands_shown_are_for_the_profile_at_hand() -> None:
-    assert entry.in_profile("Run `selfhost down`.", "default") == "Run `selfhost down`."
-    assert entry.in_profile("Run `selfhost down`.", "demo") == "Run `selfhost --profile demo down`."
-    twice = entry.in_profile(entry.in_profile("`selfhost up`", "demo"), "demo")
+    assert words.in_profile("Run `selfhost down`.", "default") == "Run `selfhost down`."
+    assert words.in_profile("Run `selfhost down`.", "demo") == "Run `selfhost --profile demo down`."
+    twice = words.in_profile(words.in_profile("`selfhost up`", "demo"), "demo")
     assert twice == "`selfhost --profile demo up`"
 
 

@@ -1,0 +1,36 @@
+"""What the commands say, in the words of the profile at hand. As light as `entry`, which everything passes."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+speaking_for = "default"
+"""The profile of this process, for the commands that its texts show."""
+
+
+def say(text: str) -> None:
+    """One remark on stderr; stdout belongs to the product."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        discard(2)
+
+
+def in_profile(text: str, profile: str) -> str:
+    """A text with each command in it made one for this profile: typed as shown, it must act on the right box."""
+    if profile == "default":
+        return text
+    return text.replace("`selfhost ", f"`selfhost --profile {profile} ").replace(
+        f"`selfhost --profile {profile} --profile", "`selfhost --profile"
+    )
+
+
+def command(profile: str, verb: str) -> str:
+    """A command to type, for this profile."""
+    return f"selfhost {verb}" if profile == "default" else f"selfhost --profile {profile} {verb}"
+
+
+def discard(descriptor: int) -> None:
+    """Nobody reads it any more. The interpreter would fail, with an exit code of its own, to flush it at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
