@@ -19,6 +19,8 @@ class Invoice:
     gpu_dollars: float
     disk_dollars: float
     traffic_dollars: float
+    traffic_gb: float | None
+    """From the dollars and the price per GB; None without the market's figures, or when traffic is free."""
     usage: Usage
     estimated: bool
     reason: str
@@ -39,10 +41,10 @@ def invoice(rental: Rental, usage: Usage, charges: Charges | None, *, now: float
     running_s = _since(rental.running_at, end)
     exists_s = _since(rental.sent_at, end) if rental.instance_id is not None else 0.0
     if charges is None:
-        charges = Charges(rental.dph_base * running_s / 3600, rental.storage_dph * exists_s / 3600, traffic=0.0)
-        estimated = True
+        charges = Charges(rental.dph_base * running_s / 3600, rental.storage_dph * exists_s / 3600, down=0.0, up=0.0)
+        estimated, gigabytes = True, None
     else:
-        estimated = False
+        estimated, gigabytes = False, _gigabytes(rental, charges)
     return Invoice(
         label=rental.label,
         instance_id=rental.instance_id,
@@ -50,11 +52,19 @@ def invoice(rental: Rental, usage: Usage, charges: Charges | None, *, now: float
         hours=running_s / 3600,
         gpu_dollars=charges.gpu,
         disk_dollars=charges.disk,
-        traffic_dollars=charges.traffic,
+        traffic_dollars=charges.down + charges.up,
+        traffic_gb=gigabytes,
         usage=usage,
         estimated=estimated,
         reason=rental.reason,
     )
+
+
+def _gigabytes(rental: Rental, charges: Charges) -> float | None:
+    priced = [(charges.down, rental.down_per_gb), (charges.up, rental.up_per_gb)]
+    if any(price <= 0 for _, price in priced):
+        return None
+    return sum(dollars / price for dollars, price in priced)
 
 
 def _since(start: float | None, end: float) -> float:

@@ -115,15 +115,12 @@ class Account:
 
 @dataclass(frozen=True)
 class Charges:
-    """What the market has billed for one instance so far."""
+    """What the market has billed for one instance so far, in dollars: traffic by direction, seen from the box."""
 
     gpu: float
     disk: float
-    traffic: float
-
-    @property
-    def total(self) -> float:
-        return self.gpu + self.disk + self.traffic
+    down: float
+    up: float
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ def _invoice(bill: Invoice) -> None:
     for name, text in (
         ("GPU", f"{bill.hours * 60:.1f} min  ${bill.gpu_dollars:.4f}"),
         ("disk", f"${bill.disk_dollars:.4f}"),
-        ("traffic", f"${bill.traffic_dollars:.4f}"),
+        ("traffic", f"{_gigabytes(bill.traffic_gb)}${bill.traffic_dollars:.4f}"),
         ("total", f"[bold]${bill.total:.4f}[/]" + (" (estimate)" if bill.estimated else "")),
         (
             "tokens",
@@ -248,6 +248,10 @@ def _invoice(bill: Invoice) -> None:
     ):
         table.add_row(name, text)
     out.print(table)
+
+
+def _gigabytes(amount: float | None) -> str:
+    return "" if amount is None else f"{amount:.2f} GB  "
 
 
 def _status(value: state.Status) -> None:

@@ -349,7 +349,7 @@ def _charges(rows: Sequence[Row]) -> Charges:
                     sums[item["type"]] += float(item.get("amount") or 0.0)
     except (AttributeError, TypeError, ValueError) as error:
         raise MarketUnreachable(f"the market's charges make no sense: {error}") from error
-    return Charges(gpu=sums["gpu"], disk=sums["disk"], traffic=sums["bwd"] + sums["bwu"])
+    return Charges(gpu=sums["gpu"], disk=sums["disk"], down=sums["bwd"], up=sums["bwu"])
 
 
 def _contract(answer: object) -> int | None:

@@ -6,31 +6,19 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from selfhost_cli import config
 from selfhost_cli.config import Paths
 from selfhost_cli.lock import ProcessLock
 from selfhost_cli.sandbox import assets, demo
 from selfhost_cli.sandbox.demo import Market
+from tests.waiting import until
 
-T = TypeVar("T")
 DEADLINE_S = 100.0
-
-
-def until(probe: Callable[[], T], seconds: float = 30.0) -> T:
-    """What `probe` returns once that is true-ish."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = probe()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"still {value!r} after {seconds} s"
-        time.sleep(0.05)
 
 
 @dataclass

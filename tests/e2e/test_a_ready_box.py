@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from selfhost_cli.sandbox import demo
-from tests.e2e.stage import Stage, until
+from tests.e2e.stage import Stage
+from tests.waiting import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("ready")]
 

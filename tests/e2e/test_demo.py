@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.stage import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.e2e
 

@@ -14,7 +14,8 @@ import pytest
 
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.model import Rental, State
-from tests.e2e.stage import Stage, until
+from tests.e2e.stage import Stage
+from tests.waiting import until
 
 pytestmark = pytest.mark.e2e
 

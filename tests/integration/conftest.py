@@ -11,7 +11,8 @@ import pytest
 from selfhost_cli.model import BoxSpec, BoxState, Endpoint, Need
 from selfhost_cli.providers.vast import VastProvider
 from selfhost_cli.remote.ssh import make_key
-from tests.sandbox.market_process import MarketProcess, until
+from tests.sandbox.market_process import MarketProcess
+from tests.waiting import until
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from selfhost_cli.remote.ssh import connect
 from selfhost_cli.remote.tunnel import Tunnel
 from tests.fakes.rental import make_rental
 from tests.integration.conftest import Box
-from tests.sandbox.market_process import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.box
 

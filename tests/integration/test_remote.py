@@ -18,7 +18,7 @@ from selfhost_cli.remote import ConnectionLost, NotYet
 from selfhost_cli.remote.ssh import SshRemote, connect, make_key
 from selfhost_cli.remote.tunnel import Tunnel
 from tests.integration.conftest import Box
-from tests.sandbox.market_process import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.box
 

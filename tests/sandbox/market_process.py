@@ -6,26 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from vastai import VastAI
 
-T = TypeVar("T")
-
-
-def until(probe: Callable[[], T], seconds: float = 20.0) -> T:
-    """What `probe` returns once that is true-ish."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = probe()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"still {value!r} after {seconds} s"
-        time.sleep(0.02)
+from tests.waiting import until
 
 
 class MarketProcess:

@@ -18,7 +18,8 @@ import paramiko
 import pytest
 
 from selfhost_cli.sandbox import image, processes
-from tests.sandbox.market_process import MarketProcess, until
+from tests.sandbox.market_process import MarketProcess
+from tests.waiting import until
 
 pytestmark = pytest.mark.box
 

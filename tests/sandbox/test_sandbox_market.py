@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import requests
 
-from tests.sandbox.market_process import MarketProcess, until
+from tests.sandbox.market_process import MarketProcess
+from tests.waiting import until
 
 QUERY = {"gpu_name": {"eq": "RTX 4090"}, "num_gpus": {"eq": 1}}
 CAPTURES = json.loads((Path(__file__).parent / "captures/sdk_requests.json").read_text())

@@ -21,9 +21,10 @@ def test_the_gpu_costs_from_running_and_the_disk_from_creation() -> None:
 
 def test_the_markets_own_figures_win() -> None:
     rental = make_rental(instance_id=7, sent_at=START, running_at=START)
-    bill = invoice(rental, Usage(2, 900_000, 0, 100_000), Charges(0.5, 0.1, 0.4), now=START + HOUR)
+    bill = invoice(rental, Usage(2, 900_000, 0, 100_000), Charges(0.5, 0.1, down=0.2, up=0.2), now=START + HOUR)
     assert not bill.estimated
     assert bill.total == pytest.approx(1.0)
+    assert bill.traffic_gb == pytest.approx(0.2 / 0.002 + 0.2 / 0.004)
     assert bill.per_million_tokens == pytest.approx(1.0)
 
 
