@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 
 from selfhost_cli.model import BoxSpec, BoxState, Endpoint, Need
 from selfhost_cli.providers.vast import VastProvider
-from selfhost_cli.remote.ssh import make_key
+from selfhost_cli.remote import NotYet
+from selfhost_cli.remote.ssh import connect, make_key
 from tests.sandbox.market_process import MarketProcess
 from tests.waiting import until
 
@@ -32,6 +35,13 @@ class Box:
     def sshd(self) -> int:
         return int((self.root / "run" / "sshd.pid").read_text())
 
+    def lets_us_in(self) -> bool:
+        try:
+            connect(self.endpoint, self.host_key, self.login_key).close()
+        except NotYet:
+            return False
+        return True
+
     def sessions(self) -> list[int]:
         """Process ids of the sshd processes that serve connections, and of what they run."""
         found: list[int] = []
@@ -47,11 +57,24 @@ class Box:
         return found
 
     def signal_sessions(self, number: int) -> None:
-        for pid in self.sessions():
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                pass
+        send(self.sessions(), number)
+
+    @contextmanager
+    def frozen(self, *processes: int) -> Iterator[None]:
+        """Stop these processes and let them go on in the end."""
+        send(processes, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            send(processes, signal.SIGCONT)
+
+
+def send(processes: Iterable[int], number: int) -> None:
+    for pid in processes:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass  # it ended by itself
 
 
 @pytest.fixture(scope="module")
@@ -75,5 +98,7 @@ def box(market: MarketProcess, tmp_path_factory: pytest.TempPathFactory) -> Iter
     root = market.box(number)
     assert found.direct
     host_key = until(lambda: (root / "etc" / "ssh" / "ssh_host_ed25519_key.pub").read_text())
-    yield Box(found.direct, host_key, login, root)
+    made = Box(found.direct, host_key, login, root)
+    until(made.lets_us_in)
+    yield made
     provider.destroy(number)

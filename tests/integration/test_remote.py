@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import stat
 import threading
@@ -18,25 +16,15 @@ from selfhost_cli.remote import ConnectionLost, NotYet
 from selfhost_cli.remote.ssh import SshRemote, connect, make_key
 from selfhost_cli.remote.tunnel import Tunnel
 from tests.integration.conftest import Box
-from tests.waiting import until
 
 pytestmark = pytest.mark.box
 
 
 @pytest.fixture
 def remote(box: Box) -> Iterator[SshRemote]:
-    made: list[SshRemote] = []
-
-    def log_in() -> bool:
-        try:
-            made.append(connect(box.endpoint, box.host_key, box.login_key))
-        except NotYet:
-            return False
-        return True
-
-    until(log_in)
-    yield made[0]
-    made[0].close()
+    remote = connect(box.endpoint, box.host_key, box.login_key)
+    yield remote
+    remote.close()
 
 
 def test_a_command_runs_in_the_box_and_tells_how_it_ended(box: Box, remote: SshRemote) -> None:
@@ -68,16 +56,9 @@ def test_silence_beyond_the_timeout_is_a_lost_connection(remote: SshRemote) -> N
 
 def test_a_frozen_box_is_a_lost_connection_at_every_request(box: Box) -> None:
     remote = connect(box.endpoint, box.host_key, box.login_key)
-    frozen = box.sessions()
-    for pid in frozen:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(ConnectionLost):
-            remote.run("true", timeout=0.5)
-    finally:
-        for pid in frozen:
-            os.kill(pid, signal.SIGCONT)
-        remote.close()
+    with box.frozen(*box.sessions()), pytest.raises(ConnectionLost):
+        remote.run("true", timeout=0.5)
+    remote.close()
 
 
 def test_a_file_lands_whole_with_its_mode(box: Box, remote: SshRemote) -> None:
