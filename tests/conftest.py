@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from selfhost_cli.sandbox import assets
 from selfhost_cli.sandbox.assets import Assets
+
+# A shell that starts us in the background makes us ignore Ctrl-C, and our children with us; they are tested for it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV")
 

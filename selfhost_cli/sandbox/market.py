@@ -78,8 +78,8 @@ class Market:
         )
         self.app = web.Application(middlewares=[self._noted])
         self.app.add_routes([*api.routes(), *control.routes()])
-        self.app.router.add_get("/mirror/{folder:models|wheels(?:/[\w-]+)?}/", mirror.index)
-        self.app.router.add_get("/mirror/{folder:models|wheels(?:/[\w-]+)?}/{name}", mirror.file)
+        self.app.router.add_get(r"/mirror/{folder:models|wheels(?:/[\w-]+)?}/", mirror.index)
+        self.app.router.add_get(r"/mirror/{folder:models|wheels(?:/[\w-]+)?}/{name}", mirror.file)
 
     @web.middleware
     async def _noted(
