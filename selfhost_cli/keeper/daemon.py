@@ -91,7 +91,7 @@ class _Keeper:
         idle_since = time.monotonic()
         while not self._stop.is_set():
             self._tick()
-            if self._rentals or self._up.holder() is not None:
+            if self._up.holder() is not None or any(self._needs_us(rental) for rental in self._rentals):
                 idle_since = time.monotonic()
             elif time.monotonic() - idle_since > IDLE_EXIT_S:
                 return
@@ -162,6 +162,10 @@ class _Keeper:
         link = self._links.get(rental.label)
         down_since = link.down_since if link else None
         return down_since is not None and time.monotonic() - down_since > UNREACHABLE_S
+
+    def _needs_us(self, rental: Rental) -> bool:
+        link = self._links.get(rental.label)
+        return (link is not None and link.down_since is None) or not outlived(rental, time.time())
 
     def _lasts(self, rental: Rental, what: str, holds: bool, seconds: float) -> bool:
         """Whether something has held for so long without a break."""
@@ -246,6 +250,14 @@ class _Keeper:
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump({"pid": os.getpid(), "port": port, "version": __version__}, file)
         draft.replace(path)
+
+
+def outlived(rental: Rental, now: float) -> bool:
+    """Whether the box's own watchdog must have ended it by its hard cap an hour ago.
+
+    When the market does not answer either, a keeper can do no more for it; the next command starts another one.
+    """
+    return now - (rental.sent_at or rental.created_at) > rental.caps.max_s + 3600
 
 
 def _end(books: lifecycle.Books, rental: Rental, reason: str) -> None:
