@@ -64,8 +64,10 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.broken = ""
+        self.fresh = False
+        """Whether there was no file before."""
         try:
-            _create(path)
+            self.fresh = _create(path)
             self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
             opened = os.stat(path)
             self._identity = (opened.st_dev, opened.st_ino)
@@ -79,7 +81,7 @@ class Ledger:
     def in_memory(cls, broken: str) -> Ledger:
         """An empty stand-in for a ledger that cannot be used, for `down`; `broken` says why."""
         ledger = cls.__new__(cls)
-        ledger.path, ledger.broken, ledger._identity = Path(":memory:"), broken, (0, 0)
+        ledger.path, ledger.broken, ledger.fresh, ledger._identity = Path(":memory:"), broken, True, (0, 0)
         ledger._db = sqlite3.connect(":memory:", isolation_level=None)
         ledger._migrate()
         return ledger
@@ -238,8 +240,8 @@ class Ledger:
             raise
 
 
-def _create(path: Path) -> None:
-    """An empty file of the right mode, which SQLite would leave to the umask.
+def _create(path: Path) -> bool:
+    """An empty file of the right mode, which SQLite would leave to the umask; False when there is one.
 
     Only when there is none: closing any descriptor of a file drops the locks that SQLite holds on it in this process,
     and another process then takes the write-ahead log away under us.
@@ -247,7 +249,8 @@ def _create(path: Path) -> None:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
-        pass
+        return False
+    return True
 
 
 def _broken(path: Path, why: object) -> SelfhostError:

@@ -33,10 +33,12 @@ def down(books: Books, *, everything: bool = False) -> Ended:
         lock.acquire()  # a second `down` beside us does no harm: everything here may be done twice
         rentals, broken = _record_ending(books)
         check_market(books, rentals)
-        _stop_up(books)
+        lost = books.ledger.fresh and (books.settings.paths.config / "installation").exists()
+        stopped = _stop_up(books)
         if not broken:
             rentals = books.ledger.live()
-        unknown = prove(books, rentals, everything=everything, distrust=broken)
+        distrust = bool(broken) or lost or (stopped and not rentals)
+        unknown = prove(books, rentals, everything=everything, distrust=distrust)
         foreign = () if everything else _others(books)
         return Ended(tuple(_bill(books, rental) for rental in rentals), unknown, foreign, broken)
 
@@ -83,12 +85,12 @@ def check_market(books: Books, rentals: list[Rental]) -> None:
             raise headline([rental], (), f"it was rented at {rental.market}, and this is {here}")
 
 
-def _stop_up(books: Books) -> None:
-    """End an `up` that is still running."""
+def _stop_up(books: Books) -> bool:
+    """End an `up` that is still running; whether there was one."""
     lock = ProcessLock(books.settings.paths.up_lock)
     holder = _sure_holder(lock, books.clock)
     if holder is None or holder == os.getpid():
-        return
+        return False
     books.report(Event("down", "note", f"ending the `selfhost up` that is running (process {holder})"))
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -101,10 +103,11 @@ def _stop_up(books: Books) -> None:
                 clock=books.clock,
             )
         except ProcessLookupError:
-            return
+            break
         except TimedOut:
             continue
-        return
+        break
+    return True
 
 
 def _sure_holder(lock: ProcessLock, clock: Clock) -> int | None:
@@ -120,7 +123,7 @@ def _sure_holder(lock: ProcessLock, clock: Clock) -> int | None:
 
 
 def prove(
-    books: Books, rentals: list[Rental], *, only: str = "", everything: bool = False, distrust: str = ""
+    books: Books, rentals: list[Rental], *, only: str = "", everything: bool = False, distrust: bool = False
 ) -> tuple[Instance, ...]:
     """Destroy until a complete listing shows none of ours, and return the boxes that the ledger did not know.
 
@@ -135,7 +138,7 @@ def prove(
     asked: dict[int, float] = {}
     problems: dict[int, str] = {}
     lag, began = books.settings.listing_lag, books.clock.monotonic()
-    may_appear = bool(distrust) or any(_young(rental, lag, books.clock.time()) for rental in rentals)
+    may_appear = distrust or any(_young(rental, lag, books.clock.time()) for rental in rentals)
 
     def destroy(number: int) -> None:
         asked[number] = books.clock.monotonic()

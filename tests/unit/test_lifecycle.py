@@ -558,3 +558,20 @@ def test_a_market_that_is_away_is_said_at_once_when_nothing_speaks_for_a_box(sta
     with pytest.raises(MarketUnreachable):
         stage.down()
     assert stage.clock.time() == before
+
+
+def test_down_waits_for_what_a_lost_ledger_may_have_known(stage: Stage) -> None:
+    stage.market.listing_lag = 40.0
+    stage.market.create(make_offer(1), BoxSpec(f"{stage.world.prefix}a", "image", 30.0, "", {}))
+    stage.ledger.close()
+    stage.world.settings.paths.ledger.unlink()
+    world = replace(stage.world, ledger=Ledger(stage.world.settings.paths.ledger))
+    ended = lifecycle.down(world)
+    assert [box.label for box in ended.unknown] == [f"{stage.world.prefix}a"]
+    assert stage.billed == 0
+
+
+def test_the_very_first_down_waits_for_nothing(stage: Stage) -> None:
+    before = stage.clock.time()
+    stage.down()
+    assert stage.clock.time() == before
