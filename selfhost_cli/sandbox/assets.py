@@ -3,7 +3,7 @@
     cache/models/NAME            the model; NAME.sha256 beside it says that it was verified, NAME.part can be resumed
     cache/wheels/cp311-1a2b3c4d/ what install.sh installs on a box (--no-index --find-links), for the box's interpreter
     cache/claude/2.1.330/        the real Claude Code CLI
-    cache/work/                  unfinished downloads; what a killed run left there goes with the next one
+    cache/partial/               unfinished downloads; what a killed run left there goes with the next one
 
 A file or folder gets its final name only when it is whole and verified, so `ready` just looks for names. Everything a
 subprocess writes (pip's and npm's own caches too) stays under `cache`. Apart from `httpx` for the model's hub only the
@@ -359,7 +359,7 @@ class _Job:
 
 
 def _fetch_missing(cache: Path, report: Report, sources: Sources, python: Path) -> None:
-    work = cache / "work"
+    work = cache / "partial"
     shutil.rmtree(work, ignore_errors=True)
     one_at_a_time = threading.Lock()
     cancel = threading.Event()

@@ -209,7 +209,7 @@ class Task:
 
 
 def make_task(where: Paths) -> Task:
-    folder = where.state / "work"
+    folder = where.state / "task"
     folder.mkdir(mode=0o700, exist_ok=True)
     word = secrets.choice(("walnut", "lantern", "harbor", "pepper", "marble", "thunder")) + str(
         secrets.randbelow(90) + 10

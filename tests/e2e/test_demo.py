@@ -63,7 +63,7 @@ def test_the_demo_does_the_whole_job_and_leaves_nothing_behind(cache: Path, tmp_
     assert "simulated GPU" in done.stderr
     assert "nothing is billed any more" in done.stdout
     assert "per million tokens" in done.stdout
-    word = (home / "state" / "demo" / "work" / "note.txt").read_text().split()[-1].rstrip(".")
+    word = (home / "state" / "demo" / "task" / "note.txt").read_text().split()[-1].rstrip(".")
     assert word in done.stdout
     until(lambda: not processes_of(home))
     assert sorted(entry.name for entry in home.iterdir()) == ["cache", "config", "state"]

