@@ -97,7 +97,9 @@ class Settings:
     paths: Paths
     sources: Mapping[str, Source] = field(repr=False)
 
-    api_key: str = _setting("", "vast.ai account key; else the vast CLI's own key file", secret=True)
+    api_key: str = _setting(
+        "", "vast.ai account key, safest in the environment; else the vast CLI's own key file", secret=True
+    )
     market_url: str = _setting(LIVE_MARKET, "the market's base URL")
     poll: float = _setting(5.0, "seconds between two questions to the market")
     listing_lag: float = _setting(60.0, "seconds the market's listing may lag behind a create or a destroy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from selfhost_cli import __version__
+from selfhost_cli import __version__, config
 from selfhost_cli.errors import UsageError
 
 app = typer.Typer(
@@ -24,6 +25,14 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _setting(name: str, *declarations: str) -> Any:
+    """An option whose words are those of the table of settings."""
+    field = next(field for field in dataclasses.fields(config.Settings) if field.name == name)
+    text = field.metadata["help"] + (f" (default: {field.default})" if field.default else "")
+    return typer.Option(*declarations, help=text[0].upper() + text[1:], show_default=False)
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -54,20 +63,18 @@ def up(
     claude_args: Annotated[list[str] | None, typer.Argument(help="Behind --: arguments for claude.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before renting.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Do not launch Claude Code.")] = False,
-    api_key: Annotated[
-        str | None, typer.Option(help="vast.ai key; safer in the environment: SELFHOST_API_KEY.")
-    ] = None,
-    gpu: Annotated[str | None, typer.Option(help='Exact name, e.g. "RTX 4090".')] = None,
-    region: Annotated[str | None, typer.Option(help="Only places whose name contains this.")] = None,
-    max_price: Annotated[float | None, typer.Option(help="Most $/h, disk included.")] = None,
-    model: Annotated[str | None, typer.Option(help="The model to serve.")] = None,
-    engine: Annotated[str | None, typer.Option(help="ollama, or llamacpp in the sandbox.")] = None,
-    disk: Annotated[float | None, typer.Option(help="GB to rent.")] = None,
-    hours: Annotated[float | None, typer.Option(help="The box ends by itself after this many hours.")] = None,
-    max_spend: Annotated[float | None, typer.Option(help="The box ends by itself after this many dollars.")] = None,
-    idle: Annotated[float | None, typer.Option(help="… after this many minutes without a request.")] = None,
-    port: Annotated[int | None, typer.Option(help="Local port for Claude Code.")] = None,
-    unguarded: Annotated[bool | None, typer.Option("--unguarded", help="Keep a box that cannot end itself.")] = None,
+    api_key: Annotated[str | None, _setting("api_key")] = None,
+    gpu: Annotated[str | None, _setting("gpu")] = None,
+    region: Annotated[str | None, _setting("region")] = None,
+    max_price: Annotated[float | None, _setting("max_price")] = None,
+    model: Annotated[str | None, _setting("model")] = None,
+    engine: Annotated[str | None, _setting("engine")] = None,
+    disk: Annotated[float | None, _setting("disk")] = None,
+    hours: Annotated[float | None, _setting("hours")] = None,
+    max_spend: Annotated[float | None, _setting("max_spend")] = None,
+    idle: Annotated[float | None, _setting("idle")] = None,
+    port: Annotated[int | None, _setting("port")] = None,
+    unguarded: Annotated[bool | None, _setting("unguarded", "--unguarded")] = None,
     json: Json = False,
 ) -> None:
     """Rent a box, or resume the one already paid for, and launch Claude Code against it."""
@@ -113,9 +120,7 @@ def up(
 def down(
     ctx: typer.Context,
     everything: Annotated[bool, typer.Option("--all", help="Also boxes of other selfhost installations.")] = False,
-    api_key: Annotated[
-        str | None, typer.Option(help="vast.ai key; safer in the environment: SELFHOST_API_KEY.")
-    ] = None,
+    api_key: Annotated[str | None, _setting("api_key")] = None,
     json: Json = False,
 ) -> None:
     """Destroy every box, prove by listing that nothing is left, print the invoice."""
@@ -178,8 +183,6 @@ def demo(
 
 
 def _settings(ctx: typer.Context, flags: dict[str, Any] | None = None) -> Any:
-    from selfhost_cli import config
-
     return config.load(ctx.obj, flags=flags)
 
 

@@ -256,9 +256,6 @@ def _gigabytes(amount: float | None) -> str:
 
 def _status(value: state.Status) -> None:
     rental = value.rental
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
     usage = value.so_far.usage
     for name, text in (
         ("box", escape(f"{rental} in {rental.place}, {rental.state}")),
@@ -269,8 +266,7 @@ def _status(value: state.Status) -> None:
         ("so far", f"${value.so_far.total:.4f} in {value.so_far.hours:.2f} h, traffic not counted"),
         ("ends by itself", _caps(rental.caps)),
     ):
-        table.add_row(name, text)
-    out.print(table)
+        out.print(f"[bold]{name:<14}[/]  {text}")
 
 
 def _caps(caps: Caps) -> str:

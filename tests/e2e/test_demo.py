@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from selfhost_cli import config
+from selfhost_cli.sandbox import demo
 from tests.waiting import until
 
 pytestmark = pytest.mark.e2e
@@ -69,6 +71,36 @@ def test_the_demo_does_the_whole_job_and_leaves_nothing_behind(cache: Path, tmp_
     assert sorted(entry.name for entry in home.iterdir()) == ["cache", "config", "state"]
     checkout = Path(__file__).parent.parent.parent
     assert changed_since(began, but=[checkout, tmp_path.parent.parent, cache.resolve()]) == []
+
+
+def test_a_kept_demo_can_be_played_with_by_the_commands_that_it_names(cache: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "cache").symlink_to(cache)
+    env = {"PATH": os.environ["PATH"], "HOME": str(home), "SELFHOST_HOME": str(home)}
+
+    def ask(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "selfhost_cli", *words],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "slow, and it compacts early" in ask("demo", "--keep")
+    assert "ready" in ask("--profile", "demo", "status")
+    assert "2.1.330" in ask("--profile", "demo", "claude", "--version")
+    assert "nothing is billed any more" in ask("--profile", "demo", "down")
+    assert "nothing is billed any more" in ask("--profile", "demo", "down")
+    market = demo.find_market(config.paths(demo.PROFILE, {"SELFHOST_HOME": str(home)}))
+    assert market
+    market.shut_down()
+    until(lambda: not processes_of(home))
 
 
 @pytest.mark.long
