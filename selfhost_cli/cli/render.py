@@ -123,7 +123,8 @@ class Talk:
         if tenth > self._tenth:
             self._tenth = tenth
             rate = (done - self._head_start) / 1e6 / max(0.5, time.monotonic() - self._began)
-            self._say("…", stage, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate:.0f} MB/s")
+            told = f", {rate:.0f} MB/s" if rate else ""
+            self._say("…", stage, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB{told}")
 
     def _draw(self, event: Event) -> None:
         line = f"{event.stage:<15} {escape(event.text)}"
