@@ -115,13 +115,6 @@ def parse(line: str) -> Event | None:
     return None
 
 
-def renew_lease(remote: Remote) -> None:
-    """Allow the box to live for another lease. Raises SelfhostError when it cannot be written."""
-    result = remote.run(RENEW_LEASE)
-    if result.code:
-        raise SelfhostError(f"the lease could not be renewed: {_tail(result)}", _AGAIN)
-
-
 def armed(remote: Remote) -> str:
     """What became of the watchdog's trial call: "ok", "refused <why>", or "" while it is still trying."""
     return remote.run(ARMED).out.strip()

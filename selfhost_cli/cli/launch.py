@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from selfhost_cli.cli.words import command, say
+from selfhost_cli.cli.words import say
 from selfhost_cli.errors import MayBeBilling, NotSetUp, SelfhostError
 
 if TYPE_CHECKING:
@@ -33,15 +33,15 @@ def claude(profile: str, args: Sequence[str]) -> NoReturn:
 
     settings = config.load(profile)
     ledger = _ledger(settings)
-    rental = ready(ledger, profile)
+    rental = ready(ledger)
     try:
         binary = code.find(settings.claude, os.environ)
         if warning := code.seen_version(binary, settings.paths.state).warning:
             say(f"selfhost: {warning}")
         front = attach.ensure(settings)
     except SelfhostError as error:
-        raise _billed(error, rental, profile) from error
-    wait_for_tunnel(front, ledger, rental, profile)
+        raise _billed(error, rental) from error
+    wait_for_tunnel(front, ledger, rental)
     ledger.close()
     try:
         launch = code.launch(
@@ -56,7 +56,7 @@ def claude(profile: str, args: Sequence[str]) -> NoReturn:
         )
         code.execute(launch)
     except SelfhostError as error:
-        raise _billed(error, rental, profile) from error
+        raise _billed(error, rental) from error
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -65,16 +65,16 @@ def environment(settings: Settings) -> dict[str, str]:
     from selfhost_cli import claude as code
 
     ledger = _ledger(settings)
-    rental = ready(ledger, settings.profile)
+    rental = ready(ledger)
     ledger.close()
     try:
         front = attach.ensure(settings)
         return code.environment(front.url, front.token, rental.model, rental.context, os.environ)
     except SelfhostError as error:
-        raise _billed(error, rental, settings.profile) from error
+        raise _billed(error, rental) from error
 
 
-def ready(ledger: Ledger, profile: str) -> Rental:
+def ready(ledger: Ledger) -> Rental:
     """The box to talk to. Raises NotSetUp when there is none, MayBeBilling when one exists that is not ready."""
     from selfhost_cli.model import State
 
@@ -83,12 +83,12 @@ def ready(ledger: Ledger, profile: str) -> Rental:
         if rental.state is State.READY:
             return rental
     if not live:
-        raise _no_box(profile)
+        raise _no_box()
     rental = live[-1]
     ending = rental.state is State.ENDING
     raise MayBeBilling(
         f"{rental} is {rental.state}, not ready, and may be billed",
-        f"`{command(profile, 'down')}` ends it" + ("." if ending else f"; `{command(profile, 'up')}` goes on with it."),
+        "`selfhost down` ends it" + ("." if ending else "; `selfhost up` goes on with it."),
     )
 
 
@@ -96,7 +96,6 @@ def wait_for_tunnel(
     front: Front,
     ledger: Ledger,
     rental: Rental,
-    profile: str,
     *,
     seconds: float = TUNNEL_WAIT_S,
     clock: Clock | None = None,
@@ -114,8 +113,8 @@ def wait_for_tunnel(
         why = _away(front, rental)
         if not why:
             return True
-        if ready(ledger, profile).label != rental.label:
-            raise _no_box(profile)
+        if ready(ledger).label != rental.label:
+            raise _no_box()
         if not told:
             say(f"selfhost: waiting for the tunnel to {rental}: {why}")
             told = True
@@ -132,7 +131,7 @@ def _ledger(settings: Settings) -> Ledger:
     from selfhost_cli.ledger import Ledger
 
     if _absent(settings.paths.ledger):
-        raise _no_box(settings.profile)
+        raise _no_box()
     return Ledger(settings.paths.ledger)
 
 
@@ -159,11 +158,11 @@ def _away(front: Front, rental: Rental) -> str:
     return "the keeper does not hold it yet"
 
 
-def _billed(error: SelfhostError, rental: Rental, profile: str) -> MayBeBilling:
+def _billed(error: SelfhostError, rental: Rental) -> MayBeBilling:
     """What keeps us from using the box: that it costs money meanwhile is the headline."""
-    remedy = f"{error.remedy}\n`{command(profile, 'down')}` ends the box.".lstrip()
+    remedy = f"{error.remedy}\n`selfhost down` ends the box.".lstrip()
     return MayBeBilling(f"{rental} is {rental.state} and billed, but {error.message}", remedy)
 
 
-def _no_box(profile: str) -> NotSetUp:
-    return NotSetUp("there is no box to run Claude Code on", f"Rent one: `{command(profile, 'up')}`.")
+def _no_box() -> NotSetUp:
+    return NotSetUp("there is no box to run Claude Code on", "Rent one: `selfhost up`.")

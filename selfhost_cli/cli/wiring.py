@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from selfhost_cli import attach, claude, lifecycle
 from selfhost_cli.attach import Front
-from selfhost_cli.config import LIVE_MARKET, Settings
+from selfhost_cli.config import Settings
 from selfhost_cli.errors import MarketUnreachable, MayBeBilling, NotSetUp, SelfhostError, UsageError
 from selfhost_cli.ledger import Ledger, LedgerBroken
 from selfhost_cli.model import Event
@@ -59,10 +59,9 @@ def _ledger(settings: Settings, report: Callable[[Event], None], needed: bool) -
 
 
 def _provider(settings: Settings) -> Provider:
-    from selfhost_cli.providers.vast import VastProvider, cli_key
+    from selfhost_cli.providers.vast import VastProvider, account_key
 
-    # The vast command line's own key is for vast.ai and goes nowhere else.
-    key = settings.api_key or (cli_key(os.environ) if settings.market_url == LIVE_MARKET else "")
+    key = account_key(settings, os.environ)
     if key:
         return VastProvider(key, settings.market_url)
     raise NotSetUp(

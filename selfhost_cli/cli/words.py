@@ -21,14 +21,7 @@ def in_profile(text: str, profile: str) -> str:
     """A text with each command in it made one for this profile: typed as shown, it must act on the right box."""
     if profile == "default":
         return text
-    return text.replace("`selfhost ", f"`selfhost --profile {profile} ").replace(
-        f"`selfhost --profile {profile} --profile", "`selfhost --profile"
-    )
-
-
-def command(profile: str, verb: str) -> str:
-    """A command to type, for this profile."""
-    return f"selfhost {verb}" if profile == "default" else f"selfhost --profile {profile} {verb}"
+    return text.replace("`selfhost ", f"`selfhost --profile {profile} ")
 
 
 def discard(descriptor: int) -> None:

@@ -109,6 +109,9 @@ class _Keeper:
             log.error("%s", error.message)
 
     def _read(self) -> None:
+        if not self._settings.paths.ledger.exists():
+            self._rentals = []  # lost; that there is none is what `down` must see, so none is made
+            return
         if not self._ledger.current():
             log.warning("the ledger was moved away or replaced; opening the one that is there now")
             self._ledger.close()

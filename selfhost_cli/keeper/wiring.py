@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from selfhost_cli import lifecycle
-from selfhost_cli.config import LIVE_MARKET, Settings
+from selfhost_cli.config import Settings
 from selfhost_cli.errors import NotSetUp
 from selfhost_cli.keeper.links import Line
 from selfhost_cli.ledger import Ledger
@@ -24,9 +24,9 @@ def open_line(settings: Settings, rental: Rental, endpoint: Endpoint) -> Line:
 
 def provider(settings: Settings) -> Provider:
     """The market. The SDK is loaded here, because most keepers never need it. Raises NotSetUp without a key."""
-    from selfhost_cli.providers.vast import VastProvider, cli_key
+    from selfhost_cli.providers.vast import VastProvider, account_key
 
-    key = settings.api_key or (cli_key(os.environ) if settings.market_url == LIVE_MARKET else "")
+    key = account_key(settings, os.environ)
     if not key:
         raise NotSetUp("the account key is gone", "Set SELFHOST_API_KEY and run `selfhost down`.")
     return VastProvider(key, settings.market_url)

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import requests
 
+from selfhost_cli.config import LIVE_MARKET, Settings
 from selfhost_cli.errors import AnswerLost, KeyRefused, MarketError, MarketUnreachable, NoCredit, OfferGone
 from selfhost_cli.model import Account, BoxSpec, BoxState, Charges, Endpoint, Instance, Need, Offer
 from selfhost_cli.wait import SYSTEM, Clock
@@ -36,6 +37,11 @@ def cli_key(env: Mapping[str, str]) -> str:
         if path.is_file():
             return path.read_text().strip()
     return ""
+
+
+def account_key(settings: Settings, env: Mapping[str, str]) -> str:
+    """The key to use, "" when there is none. The one of vast's command line is for vast.ai and goes nowhere else."""
+    return settings.api_key or (cli_key(env) if settings.market_url == LIVE_MARKET else "")
 
 
 class VastProvider:

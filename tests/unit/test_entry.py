@@ -282,7 +282,7 @@ class Clock:
 def waiting(front: StubFront, ledger: Ledger, clock: Clock) -> None:
     address = attach.Front(f"http://127.0.0.1:{front.port}", front.port, TOKEN)
     rental = ledger.live()[0]
-    launch.wait_for_tunnel(address, ledger, rental, "default", seconds=2.0, clock=clock)
+    launch.wait_for_tunnel(address, ledger, rental, seconds=2.0, clock=clock)
 
 
 @pytest.mark.parametrize(

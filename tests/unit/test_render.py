@@ -53,8 +53,6 @@ def test_no_secret_is_in_json_and_an_endpoint_has_names(capsys: pytest.CaptureFi
 def test_commands_shown_are_for_the_profile_at_hand() -> None:
     assert words.in_profile("Run `selfhost down`.", "default") == "Run `selfhost down`."
     assert words.in_profile("Run `selfhost down`.", "demo") == "Run `selfhost --profile demo down`."
-    twice = words.in_profile(words.in_profile("`selfhost up`", "demo"), "demo")
-    assert twice == "`selfhost --profile demo up`"
 
 
 class Broken(io.StringIO):
