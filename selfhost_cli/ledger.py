@@ -12,9 +12,10 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from selfhost_cli.errors import MayBeBilling, SelfhostError, Superseded
@@ -71,9 +72,8 @@ class Ledger:
             self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
             opened = os.stat(path)
             self._identity = (opened.st_dev, opened.st_ino)
-            self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-            self._migrate()
+            self._check_version()
         except (OSError, sqlite3.Error) as error:
             raise _broken(path, error) from error
 
@@ -178,17 +178,13 @@ class Ledger:
         )[0]
         return Usage(*(int(value) for value in sums))
 
-    def _migrate(self) -> None:
-        with self._transaction() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in SCHEMA.split(";"):
-                    db.execute(statement)
-            elif version != VERSION:
-                raise LedgerBroken(
-                    f"{self.path} was written by another version of selfhost (schema {version}, ours is {VERSION})",
-                    "Use that version, or end every box with `selfhost down` and move the file away.",
-                )
+    def _check_version(self) -> None:
+        version = self._rows("PRAGMA user_version")[0][0]
+        if version != VERSION:
+            raise LedgerBroken(
+                f"{self.path} was written by another version of selfhost (schema {version}, ours is {VERSION})",
+                "Use that version, or end every box with `selfhost down` and move the file away.",
+            )
 
     def _select(self, where: str, *values: object) -> list[Rental]:
         return [self._read(row[0]) for row in self._rows(f"SELECT record FROM rentals {where}", *values)]
@@ -241,15 +237,25 @@ class Ledger:
 
 
 def _create(path: Path) -> bool:
-    """An empty file of the right mode, which SQLite would leave to the umask; False when there is one.
+    """A ledger without rows, in write-ahead mode and its owner's alone; False when there is one.
 
-    Only when there is none: closing any descriptor of a file drops the locks that SQLite holds on it in this process,
-    and another process then takes the write-ahead log away under us.
+    It appears whole or not at all: two processes that switch one file to write-ahead mode at the same moment do not
+    wait for each other, one gets "database is locked". One that is there is not even opened here: closing any
+    descriptor of it drops the locks that SQLite holds in this process, and another one then takes the log away.
     """
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    except FileExistsError:
+    if path.exists():
         return False
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        with closing(sqlite3.connect(draft, isolation_level=None)) as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            db.executescript(SCHEMA)
+        draft.chmod(0o600)
+        try:
+            os.link(draft, path)
+        except FileExistsError:  # somebody else was faster
+            return False
     return True
 
 

@@ -4,6 +4,8 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,3 +161,19 @@ def test_what_a_long_lived_process_writes_survives_the_comings_and_goings_of_oth
     ledger.end("one", "down")
     ledger.ended("one", 1.0)
     assert "'ended'" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_several_that_come_first_at_once_all_get_the_ledger(tmp_path: Path) -> None:
+    together = threading.Barrier(4)
+
+    def come(number: int) -> bool:
+        together.wait(10)
+        ledger = Ledger(tmp_path / f"{number}.sqlite3")
+        ledger.check()
+        ledger.close()
+        return ledger.fresh
+
+    for number in range(40):
+        with ThreadPoolExecutor(4) as pool:
+            assert sorted(pool.map(come, [number] * 4)) == [False, False, False, True]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{number}.sqlite3" for number in range(40))
