@@ -83,7 +83,7 @@ class Ledger:
         ledger = cls.__new__(cls)
         ledger.path, ledger.broken, ledger.fresh, ledger._identity = Path(":memory:"), broken, True, (0, 0)
         ledger._db = sqlite3.connect(":memory:", isolation_level=None)
-        ledger._migrate()
+        ledger._db.executescript(SCHEMA)
         return ledger
 
     def close(self) -> None:
