@@ -11,11 +11,12 @@ usage() {
   cat <<'HELP'
 usage: sh install.sh [--force] [--engine NAME] [--model NAME] [--context TOKENS] [--skip-redis] [--help]
 
-Installs what a box of selfhost needs (tools, model, engine, proxy) under ~/.selfhost and starts it on 127.0.0.1.
+Installs what a box of selfhost needs (tools, engine, model, proxy) under ~/.selfhost and starts it on 127.0.0.1.
 Running it again changes nothing that is already right.
 
-  --engine NAME     llamacpp (CPU; wants SELFHOST_MODEL_URL) or ollama (comes with a later version)
-  --model NAME      the model to serve (default: qwen3-coder:30b)
+  --engine NAME     ollama (the default; one that the machine has is used when it is new enough), or
+                    llamacpp (CPU only; wants the address of a GGUF file in SELFHOST_MODEL_URL)
+  --model NAME      the model to serve: for ollama any tag of its library (default: qwen3-coder:30b)
   --context TOKENS  its context (default: 65536)
   --force           do every step again; downloads that verify are kept
   --skip-redis      accepted for old habits: the cache lives in the front, on your own machine
@@ -47,8 +48,17 @@ main() {
   [ -z "$skip_redis" ] || note "no Redis here: the cache lives in the front, on your own machine"
   check_engine
   step tools "$TOOLS"
-  step model "$ENGINE $MODEL ${SELFHOST_MODEL_SHA256:-$SELFHOST_MODEL_URL}"
-  step engine "$ENGINE $SELFHOST_ENGINE_REQUIREMENTS $("$PY" -V)"
+  case $ENGINE in
+    ollama)
+      # Its server is what pulls the model. Its checksum is no input: one that was not known before changes nothing.
+      step engine "$ENGINE $SELFHOST_OLLAMA_VERSION $IMAGE_OLLAMA $OLLAMA_URL $("$PY" -V)"
+      step model "$ENGINE $MODEL $SELFHOST_REGISTRY"
+      ;;
+    llamacpp)
+      step model "$ENGINE $MODEL ${SELFHOST_MODEL_SHA256:-$SELFHOST_MODEL_URL}"
+      step engine "$ENGINE $SELFHOST_ENGINE_REQUIREMENTS $("$PY" -V)"
+      ;;
+  esac
   step proxy "$SELFHOST_PROXY_REQUIREMENTS $("$PY" -V)"
   step start "$(part_inputs engine) $(part_inputs proxy)"
 }
@@ -106,6 +116,9 @@ settings() {
   TOKEN=${SELFHOST_TOKEN:-$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')}
   : "${SELFHOST_MODEL_URL=}" "${SELFHOST_MODEL_SHA256=}" "${SELFHOST_MODEL_BYTES=}" "${SELFHOST_PIP_ARGS=}"
   : "${SELFHOST_PROXY_REQUIREMENTS=aiohttp>=3.11}" "${SELFHOST_ENGINE_REQUIREMENTS=xllamacpp}" "${SELFHOST_VERSION=}"
+  : "${SELFHOST_OLLAMA_VERSION:=0.34.0}" "${SELFHOST_OLLAMA_SHA256=}" "${SELFHOST_OLLAMA_BYTES=}" "${SELFHOST_REGISTRY=}"
+  : "${SELFHOST_OLLAMA_URL:=https://ollama.com/download/ollama-linux-amd64.tar.zst}"
+  OLLAMA_URL="$SELFHOST_OLLAMA_URL?version=$SELFHOST_OLLAMA_VERSION"
   NAME=${SELFHOST_MODEL_URL##*/}
   NAME=${NAME%%\?*}
   if [ ! -f run/install.env ] || [ "$opt_engine$opt_model$opt_context" ]; then
@@ -119,13 +132,15 @@ write_settings() {
   for pair in "ENGINE=$ENGINE" "MODEL=$MODEL" "CONTEXT=$CONTEXT" "TOKEN=$TOKEN" "VERSION=$SELFHOST_VERSION" \
     "MODEL_URL=$SELFHOST_MODEL_URL" "MODEL_SHA256=$SELFHOST_MODEL_SHA256" "MODEL_BYTES=$SELFHOST_MODEL_BYTES" \
     "PIP_ARGS=$SELFHOST_PIP_ARGS" "PROXY_REQUIREMENTS=$SELFHOST_PROXY_REQUIREMENTS" \
-    "ENGINE_REQUIREMENTS=$SELFHOST_ENGINE_REQUIREMENTS"; do
+    "ENGINE_REQUIREMENTS=$SELFHOST_ENGINE_REQUIREMENTS" "OLLAMA_VERSION=$SELFHOST_OLLAMA_VERSION" \
+    "OLLAMA_URL=$SELFHOST_OLLAMA_URL" "OLLAMA_SHA256=$SELFHOST_OLLAMA_SHA256" \
+    "OLLAMA_BYTES=$SELFHOST_OLLAMA_BYTES" "REGISTRY=$SELFHOST_REGISTRY"; do
     printf "SELFHOST_%s='%s'\n" "${pair%%=*}" "$(printf %s "${pair#*=}" | sed "s/'/'\\\\''/g")"
   done
 }
 
 bring_parts() {
-  for part in install.sh start.sh stop.sh llamacpp.py proxy.zip; do
+  for part in install.sh start.sh stop.sh llamacpp.py ollama.py proxy.zip; do
     [ ! -f "$HERE/$part" ] || cp "$HERE/$part" bin/
   done
   if [ -f "$HERE/../selfhost_cli/payload.py" ]; then
@@ -144,8 +159,14 @@ check_engine() {
       fi
       [ "$NAME" ] || fail "llamacpp wants the address of a GGUF file in SELFHOST_MODEL_URL"
       ;;
-    ollama) fail "the engine ollama comes with a later version; this one has llamacpp (CPU only)" ;;
-    *) fail "no engine '$ENGINE': this version has llamacpp, and ollama comes with a later one" ;;
+    ollama)
+      find_image_ollama
+      if [ -z "$IMAGE_OLLAMA" ]; then
+        [ "$(uname -m)" = x86_64 ] || fail "there is no Ollama for this machine: $(uname -m) instead of x86_64"
+        TOOLS="$TOOLS tar zstd"
+      fi
+      ;;
+    *) fail "no engine '$ENGINE': there are ollama and llamacpp" ;;
   esac
 }
 
@@ -216,7 +237,7 @@ package_of() {
     python3-venv) echo python3-venv ;;
     flock | setsid) echo util-linux ;;
     awk) echo mawk ;;
-    sed) echo sed ;;
+    sed | tar | zstd) echo "$1" ;;
     *) echo coreutils ;;
   esac
 }
@@ -237,28 +258,94 @@ find_python() {
 }
 
 have_model() {
-  [ -s "downloads/$NAME" ] && { [ -z "$SELFHOST_MODEL_BYTES" ] || [ "$(size_of "downloads/$NAME")" = "$SELFHOST_MODEL_BYTES" ]; }
+  case $ENGINE in
+    ollama) ollama_py have --model "$MODEL" ;;
+    llamacpp)
+      [ -s "downloads/$NAME" ] && { [ -z "$SELFHOST_MODEL_BYTES" ] || [ "$(size_of "downloads/$NAME")" = "$SELFHOST_MODEL_BYTES" ]; }
+      ;;
+  esac
 }
 
 do_model() {
-  file=downloads/$NAME
+  case $ENGINE in
+    ollama) pull ;;
+    llamacpp) fetch "$NAME" "$SELFHOST_MODEL_URL" "$SELFHOST_MODEL_BYTES" "$SELFHOST_MODEL_SHA256" ;;
+  esac
+}
+
+# The server pulls; ollama.py asks it to, and tells how far it is: DONE TOTAL TEXT.
+pull() {
+  # No loop runs: the number is an old one, and that port may be somebody else's Ollama by now.
+  ! flock -ns run/engine.lock true || rm -f run/engine.port
+  renew engine
+  sh bin/start.sh engine 3>&- 4>&- 7>&- || fail "the engine could not be started"
+  began=$(date +%s)
+  until engine_answers; do
+    not_dying engine
+    [ $(($(date +%s) - began)) -lt 120 ] || fail "the engine does not answer" log/engine.log
+    sleep 0.1
+  done
+  began=$(date +%s)
+  free=$(free_mb)
+  : >tmp/pull
+  ollama_py pull --model "$MODEL" --context "$CONTEXT" --registry "$SELFHOST_REGISTRY" ${free:+--free-mb "$free"} \
+    --stall "${SELFHOST_STALL_S:-30}" >tmp/pull 2>tmp/why 3>&- 4>&- 7>&- &
+  job=$!
+  # Read on and on while it grows.
+  exec 5<tmp/pull
+  heard=$began pulled='' whole='' text="asking for $MODEL"
+  while kill -0 "$job" 2>/dev/null; do
+    sleep 0.2
+    tell
+    now=$(date +%s)
+    # While it checks 19 GB it is silent.
+    [ $((now - heard)) -lt 5 ] || { heard=$now && say progress "$pulled" "$whole" "$text"; }
+  done
+  wait "$job"
+  code=$?
+  job=''
+  tell
+  exec 5<&-
+  cat tmp/why
+  [ "$code" = 0 ] || fail "$(tail -n 1 tmp/why)"
+  DONE="$(mb "${whole:-0}") MB in $(($(date +%s) - began)) s"
+}
+
+tell() {
+  while read -r pulled_now whole_now text_now <&5; do
+    pulled=$pulled_now whole=$whole_now text=$text_now heard=$(date +%s)
+    say progress "$pulled" "$whole" "$text"
+  done
+}
+
+ollama_py() {
+  engine/venv/bin/python -IS bin/ollama.py "$@"
+}
+
+engine_answers() {
+  [ -s run/engine.port ] && curl -qsSo /dev/null --noproxy '*' -m 5 "http://127.0.0.1:$(cat run/engine.port)/api/version"
+}
+
+# fetch NAME URL BYTES SHA256: brings downloads/NAME, where something of it is already there only the rest.
+fetch() {
+  file=downloads/$1
   if [ -f "$file" ]; then
-    verified "$file" && DONE="$(mb "$(size_of "$file")") MB, already there" && return
+    promised "$file" "$3" "$4" && DONE="$(mb "$(size_of "$file")") MB, already there" && return
     rm -f "$file"
   fi
   # The head start of onstart.sh holds this lock: its file grows meanwhile, and what it leaves is taken over.
   exec 8>>"$file.part"
   while ! flock -n 8; do
-    say progress "$(size_of "$file.part")" "$SELFHOST_MODEL_BYTES" "$NAME (begun at the start of the box)"
+    say progress "$(size_of "$file.part")" "$3" "$1 (begun at the start of the box)"
     flock -w 1 8 && break
   done
   began=$(date +%s)
-  download "$SELFHOST_MODEL_URL" "$file.part" "$SELFHOST_MODEL_BYTES" "$NAME"
+  download "$2" "$file.part" "$3" "$1"
   size=$(size_of "$file.part")
-  say progress "$size" "$size" "checking $NAME"
-  if ! verified "$file.part"; then
+  say progress "$size" "$size" "checking $1"
+  if ! promised "$file.part" "$3" "$4"; then
     rm -f "$file.part"
-    fail "$NAME is not the promised file: its sha256 differs from $SELFHOST_MODEL_SHA256; it was deleted"
+    fail "$1 is not the promised file: $differs; it was deleted${hint-}"
   fi
   mv "$file.part" "$file"
   exec 8>&-
@@ -282,8 +369,8 @@ download() {
     wait "$job"
     code=$?
     job=''
-    # A file of unknown size is complete when curl says so; else the size decides.
-    [ "$code" = 0 ] && [ -z "$3" ] && return
+    # All that the server has for us came: where it is not of the promised size, it is another file.
+    [ "$code" = 0 ] && return
     [ "$(size_of "$2")" = "$3" ] && return
     case $code-$(cat tmp/status) in
       # It cannot be continued (no ranges there, or none behind what is here): from the start.
@@ -331,21 +418,133 @@ free_mb() {
   df -Pk downloads | awk 'NR == 2 { printf "%d", $4 * 1024 / 1e6 }'
 }
 
-verified() {
-  [ -z "$SELFHOST_MODEL_SHA256" ] || busy "checking $NAME" matches "$1"
+# promised FILE BYTES SHA256: it is what it should be, as far as that is known; else $differs says what is wrong.
+promised() {
+  differs="it has $(size_of "$1") bytes, not $2"
+  [ -z "$2" ] || [ "$(size_of "$1")" = "$2" ] || return 1
+  differs="its sha256 differs from $3"
+  [ -z "$3" ] || { busy "checking ${1##*/}" checksum "$1" && [ "$(cat tmp/sum)" = "$3" ]; }
 }
 
-matches() {
-  [ "$(sha256sum <"$1" | cut -d' ' -f1)" = "$SELFHOST_MODEL_SHA256" ]
+checksum() {
+  sha256sum <"$1" | cut -d' ' -f1 >tmp/sum
 }
 
 have_engine() {
-  satisfied engine/venv "$SELFHOST_ENGINE_REQUIREMENTS" && [ -f bin/llamacpp.py ]
+  case $ENGINE in
+    ollama) have_ollama ;;
+    llamacpp) satisfied engine/venv "$SELFHOST_ENGINE_REQUIREMENTS" && [ -f bin/llamacpp.py ] ;;
+  esac
 }
 
 do_engine() {
-  [ -f bin/llamacpp.py ] || fail "llamacpp.py is not in ~/.selfhost/bin: \`selfhost up\` puts it there"
-  make_venv engine/venv "$SELFHOST_ENGINE_REQUIREMENTS"
+  case $ENGINE in
+    ollama) do_ollama ;;
+    llamacpp)
+      [ -f bin/llamacpp.py ] || fail "llamacpp.py is not in ~/.selfhost/bin: \`selfhost up\` puts it there"
+      make_venv engine/venv "$SELFHOST_ENGINE_REQUIREMENTS"
+      ;;
+  esac
+}
+
+# engine/bin/ollama is the one that is used: the image's, or ours.
+have_ollama() {
+  [ -f bin/ollama.py ] && [ -x engine/venv/bin/python ] && [ -x engine/bin/ollama ] &&
+    [ "$(readlink engine/bin/ollama)" = "${IMAGE_OLLAMA:-../ollama/bin/ollama}" ] && { [ "$IMAGE_OLLAMA" ] || unpacked; }
+}
+
+do_ollama() {
+  [ -f bin/ollama.py ] || fail "ollama.py is not in ~/.selfhost/bin: \`selfhost up\` puts it there"
+  # Only for ollama.py, which needs no package.
+  make_venv engine/venv ''
+  mkdir -p engine/bin engine/home
+  if [ "$IMAGE_OLLAMA" ]; then
+    rm -rf engine/ollama run/archive
+    DONE="Ollama $image_version of the image"
+  else
+    [ -z "$image_version" ] || note "the image's Ollama $image_version is too old: $SELFHOST_OLLAMA_VERSION is installed beside it"
+    { [ -z "$force" ] && unpacked; } || unpack
+    DONE="Ollama $SELFHOST_OLLAMA_VERSION"
+  fi
+  ln -sfn "${IMAGE_OLLAMA:-../ollama/bin/ollama}" engine/bin/ollama || fail "engine/bin/ollama cannot be made"
+}
+
+# Sets IMAGE_OLLAMA when there is one on the PATH that is new enough, and image_version to whatever its version is.
+find_image_ollama() {
+  image_version=''
+  IMAGE_OLLAMA=$(command -v ollama) || return 0
+  image_version=$(ollama_version "$IMAGE_OLLAMA")
+  oldest=$(printf '%s\n' "$SELFHOST_OLLAMA_VERSION" "${image_version:-0}" | sort -V | head -n 1)
+  [ "$oldest" = "$SELFHOST_OLLAMA_VERSION" ] || IMAGE_OLLAMA=''
+}
+
+# It asks a server first: nobody answers on that port.
+ollama_version() {
+  said=$(HOME="$PWD/engine/home" OLLAMA_HOST=127.0.0.1:9 "$1" --version 2>&1)
+  echo "$said" >&2
+  echo "$said" | sed -n 's/.*version is v\{0,1\}\([0-9][0-9A-Za-z.+-]*\).*/\1/p' | tail -n 1
+}
+
+# Ours is there, in the version and from the archive that are wanted.
+unpacked() {
+  recorded && [ "$archive_version" = "$SELFHOST_OLLAMA_VERSION" ] &&
+    { [ -z "$SELFHOST_OLLAMA_SHA256" ] || [ "$archive_sha" = "$SELFHOST_OLLAMA_SHA256" ]; } &&
+    [ "$(ollama_version engine/ollama/bin/ollama)" = "$SELFHOST_OLLAMA_VERSION" ]
+}
+
+recorded() {
+  archive_bytes='' archive_sha='' archive_version='' archive_url=''
+  [ -f run/archive ] && read -r archive_bytes archive_sha archive_version archive_url <run/archive
+}
+
+# The archive stays in downloads/: --force and repairs need it, and onstart.sh would fetch it again at every start.
+unpack() {
+  archive=${SELFHOST_OLLAMA_URL##*/}
+  bytes=$SELFHOST_OLLAMA_BYTES sha=$SELFHOST_OLLAMA_SHA256
+  # No list of the makers is there to check it against. Without a record of the laptop's, what proved itself here counts.
+  [ -z "$sha" ] && recorded && [ "$archive_url" = "$OLLAMA_URL" ] && bytes=$archive_bytes sha=$archive_sha
+  [ -z "$SELFHOST_OLLAMA_SHA256" ] || hint=". If it was released anew, delete its line in the file 'archives' of selfhost's state directory"
+  # A file of which nothing is known may be of another version.
+  [ "$sha" ] || rm -f "downloads/$archive"
+  [ "$bytes" ] || bytes=$(remote_size "$OLLAMA_URL")
+  fetch "$archive" "$OLLAMA_URL" "$bytes" "$sha"
+  file=downloads/$archive
+  if [ -z "$sha" ]; then
+    busy "checking $archive" checksum "$file" || fail "$archive cannot be read"
+    sha=$(cat tmp/sum)
+  fi
+  rm -rf engine/ollama.new && mkdir -p engine/ollama.new
+  if ! busy "unpacking $archive" untar "$file" engine/ollama.new; then
+    cat tmp/why
+    ! grep -q 'No space left' tmp/why || unusable keep "the disk is too small for Ollama: $archive does not fit unpacked"
+    unusable "$archive is not a whole archive: $(head -n 1 tmp/why)"
+  fi
+  [ -x engine/ollama.new/bin/ollama ] || unusable "$archive has no bin/ollama"
+  found=$(ollama_version engine/ollama.new/bin/ollama)
+  [ "$found" ] || unusable "the Ollama in $archive does not run on this machine"
+  [ "$found" = "$SELFHOST_OLLAMA_VERSION" ] || unusable "$archive holds Ollama $found, not $SELFHOST_OLLAMA_VERSION"
+  rm -rf engine/ollama && mv engine/ollama.new engine/ollama
+  echo "$(size_of "$file") $sha $found $OLLAMA_URL" >run/archive.new && mv run/archive.new run/archive
+}
+
+untar() {
+  tar -x -I zstd -f "$1" -C "$2" --no-same-owner 2>tmp/why
+}
+
+# unusable [keep] TEXT: nothing of it stays, but an archive that is in order.
+unusable() {
+  # What is free is worth telling only before it is freed.
+  free=$(free_mb)
+  rm -rf engine/ollama.new
+  [ "$1" != keep ] || fail "$2; $free MB are free"
+  rm -f "$file"
+  fail "$1; it was deleted"
+}
+
+# For a progress with an end, and so that a file that is whole already is not fetched again. "" when it is not told.
+remote_size() {
+  curl -qfsSLI --proto '=http,https' --noproxy 127.0.0.1,localhost --connect-timeout 20 -m 60 "$1" 3>&- 4>&- 7>&- |
+    awk '{ sub(/\r$/, "") } /^HTTP\// { size = "" } tolower($1) == "content-length:" && $2 > 0 { size = $2 } END { print size }'
 }
 
 have_proxy() {
@@ -407,7 +606,12 @@ pip_install() {
 
 part_inputs() {
   case $1 in
-    engine) digest "$ENGINE $MODEL $CONTEXT $NAME $SELFHOST_MODEL_SHA256 $SELFHOST_ENGINE_REQUIREMENTS $(files_digest bin/start.sh bin/llamacpp.py)" ;;
+    engine)
+      case $ENGINE in
+        ollama) digest "$ENGINE $MODEL $CONTEXT $(readlink engine/bin/ollama) $(files_digest run/archive bin/start.sh bin/ollama.py)" ;;
+        llamacpp) digest "$ENGINE $MODEL $CONTEXT $NAME $SELFHOST_MODEL_SHA256 $SELFHOST_ENGINE_REQUIREMENTS $(files_digest bin/start.sh bin/llamacpp.py)" ;;
+      esac
+      ;;
     proxy) digest "$ENGINE $MODEL $CONTEXT $TOKEN $SELFHOST_VERSION $SELFHOST_PROXY_REQUIREMENTS $(files_digest bin/start.sh bin/proxy.zip)" ;;
   esac
 }
@@ -417,23 +621,15 @@ have_start() {
 }
 
 do_start() {
-  for part in engine proxy; do
-    inputs_now=$(part_inputs "$part")
-    if [ "$force" ] || [ "$(cat "run/$part.inputs" 2>/dev/null)" != "$inputs_now" ]; then
-      sh bin/stop.sh "$part" || fail "the $part that runs does not end"
-      echo "$inputs_now" >"run/$part.inputs"
-    fi
-    rm -f "run/$part.deaths"
-  done
+  renew engine "$force"
+  renew proxy "$force"
   sh bin/start.sh 3>&- 4>&- 7>&- || fail "the parts could not be started"
   began=$(date +%s)
   ticks=0
   until healthy; do
-    for part in engine proxy; do
-      # Empty for a moment, while it is being written.
-      deaths=$(cat "run/$part.deaths" 2>/dev/null)
-      [ "${deaths:-0}" -lt 4 ] || fail "the $part dies again and again" "log/$part.log"
-    done
+    not_dying engine
+    not_dying proxy
+    [ ! -s run/engine.problem ] || fail "$(cat run/engine.problem)" log/engine.log
     waited=$(($(date +%s) - began))
     [ "$waited" -lt "${SELFHOST_START_S:-900}" ] ||
       fail "the proxy did not become healthy within $waited s: ${health:-no answer}" log/engine.log log/proxy.log
@@ -442,6 +638,22 @@ do_start() {
     sleep 0.3
   done
   DONE="healthy on 127.0.0.1:$(cat run/proxy.port)"
+}
+
+# renew PART [FORCE]: ends it when it runs with other settings than those that hold now, or in vain.
+renew() {
+  inputs_now=$(part_inputs "$1")
+  if [ "${2-}" ] || [ -s "run/$1.problem" ] || [ "$(cat "run/$1.inputs" 2>/dev/null)" != "$inputs_now" ]; then
+    sh bin/stop.sh "$1" || fail "the $1 that runs does not end"
+    echo "$inputs_now" >"run/$1.inputs"
+  fi
+  rm -f "run/$1.deaths" "run/$1.problem"
+}
+
+not_dying() {
+  # Empty for a moment, while it is being written.
+  deaths=$(cat "run/$1.deaths" 2>/dev/null)
+  [ "${deaths:-0}" -lt 4 ] || fail "the $1 dies again and again" "log/$1.log"
 }
 
 # The token goes through stdin, because arguments can be read in ps.

@@ -51,10 +51,12 @@ chmod 600 "$A"
 chown 0:0 "$HOME/.ssh" "$A"
 : >"$HOME/.no_auto_tmux"
 
-# A head start for the model; install.sh waits for the lock on the .part file, goes on where this ended, and verifies.
+# A head start for the model or the engine; install.sh waits for the lock on the .part file, goes on where this ended,
+# and verifies. An image that brings Ollama likely needs none.
 U=$SELFHOST_FETCH_URL
 F=${U##*/}
 F=downloads/${F%%\?*}
+case $F in */ollama-*) command -v ollama && U= ;; esac
 # shellcheck disable=SC2016
 [ "$U" ] && [ ! -e "$F" ] && command -v curl && setsid flock -n "$F.part" sh -c '
   for i in 1 2 3 4 5; do

@@ -79,7 +79,8 @@ finish() {
 bury() {
   old=$(cat "run/$part.child" 2>/dev/null) || return 0
   case $(tr '\0' ' ' 2>/dev/null <"/proc/$old/cmdline") in
-    *llamacpp.py* | *selfhost_cli.proxy*) kill -KILL "$old" ;;
+    # What ollama.py leaves behind, the next ollama.py buries.
+    *llamacpp.py* | *ollama.py* | *selfhost_cli.proxy*) kill -KILL "$old" ;;
   esac
 }
 
@@ -106,6 +107,7 @@ run_engine() {
       exec engine/venv/bin/python bin/llamacpp.py --model "downloads/${file%%\?*}" --alias "$SELFHOST_MODEL" \
         --context "$SELFHOST_CONTEXT" --port-file run/engine.port
       ;;
+    ollama) exec engine/venv/bin/python bin/ollama.py serve --model "$SELFHOST_MODEL" --context "$SELFHOST_CONTEXT" ;;
     *)
       echo "start.sh: no engine '$SELFHOST_ENGINE' in this version"
       exit 1

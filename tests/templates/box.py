@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 TOOLS = (
     "sh bash env id mkdir rm mv cp cat cut date sleep stat sort tail grep sed tr awk mawk gawk df od touch chmod chown"
-    " head uname find dirname basename base64 gzip setsid nohup flock curl sha256sum true kill ps ls readlink"
+    " head uname ln find dirname basename base64 gzip setsid nohup flock curl sha256sum true kill ps ls readlink"
 )
 
 
@@ -138,12 +138,13 @@ class Box:
         for name in ("install.sh", "start.sh", "stop.sh"):
             (bin_ / name).write_bytes(payload.script(name))
         (bin_ / "llamacpp.py").write_text(STUB_ENGINE)
+        (bin_ / "ollama.py").write_bytes(payload.script("ollama.py"))
         (bin_ / "proxy.zip").write_bytes(stub_proxy_zip())
 
     def processes(self) -> list[int]:
-        """Everything that still runs with this home."""
-        mark = f"HOME={self.home}".encode()
-        return [pid for pid in all_pids() if mark in _read(pid, "environ").split(b"\0")]
+        """Everything that still runs with this home, or one inside of it."""
+        mark = f"\0HOME={self.home}".encode()
+        return [pid for pid in all_pids() if mark in b"\0" + _read(pid, "environ")]
 
     def kill_all(self) -> None:
         """By pid, again and again, because a loop may just be starting its part."""
@@ -222,18 +223,26 @@ class Market(Server):
 
 
 class Files(Server):
-    """Serves bytes with Range. `cut_at` breaks the first answer there, `stall_at` lets it hang there."""
+    """Serves bytes with Range. `cut_at` breaks the first answer so long there, `stall_at` lets it hang there."""
 
     def __init__(self, content: dict[str, bytes]) -> None:
         self.ranges: list[str | None] = []
+        self.asked: list[str] = []
         self.cut_at: int | None = None
         self.stall_at: int | None = None
         self.resume = threading.Event()
         files = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                data = content.get(self.path.partition("?")[0])
+                self.send_response(200 if data is not None else 404)
+                self.send_header("Content-Length", str(len(data or b"")))
+                self.end_headers()
+
             def do_GET(self) -> None:
                 data = content.get(self.path.partition("?")[0])
+                files.asked.append(self.path)
                 if data is None:
                     self.send_error(404)
                     return
@@ -246,7 +255,9 @@ class Files(Server):
                 self.send_header("Content-Length", str(len(data) - begin))
                 self.end_headers()
                 end = files.cut_at or files.stall_at or len(data)
-                stalls, files.cut_at, files.stall_at = files.stall_at is not None, None, None
+                stalls = False
+                if end < len(data):
+                    stalls, files.cut_at, files.stall_at = files.stall_at is not None, None, None
                 try:
                     self.wfile.write(data[begin:end])
                     if stalls:
@@ -285,7 +296,7 @@ def wheel(folder: Path, name: str = "tinypart", version: str = "1.0") -> None:
 
 
 _SERVE = """
-import json, os, pathlib, sys
+import json, os, pathlib, sys, urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 
@@ -330,12 +341,23 @@ if os.environ["SELFHOST_PROXY_REQUIREMENTS"]:
 run = sys.argv[sys.argv.index("--run-dir") + 1]
 
 
+def engine_is_ready():
+    try:
+        port = pathlib.Path(run, "engine.port").read_text().strip()
+        if os.environ["SELFHOST_ENGINE"] != "ollama":
+            return True
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/ps", timeout=5) as reply:
+            return json.load(reply)["models"] != []
+    except OSError:
+        return False
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         known = self.headers["Authorization"] == "Bearer " + os.environ["SELFHOST_TOKEN"]
         self.send_response(200 if known else 401)
         self.end_headers()
-        status = "healthy" if pathlib.Path(run, "engine.port").exists() else "degraded"
+        status = "healthy" if engine_is_ready() else "degraded"
         self.wfile.write(json.dumps({"status": status, "components": {"x": {"status": "healthy"}}}).encode())
 
 

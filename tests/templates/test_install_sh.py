@@ -230,11 +230,23 @@ def test_a_box_with_a_gpu_refuses_the_cpu_engine_unless_it_is_simulated(ready: B
     assert code == 0
 
 
-def test_the_engine_ollama_is_announced_not_faked(ready: Box, mirror: Files) -> None:
-    code, events, _ = install(ready, "--engine", "ollama")
+def test_an_unknown_engine_is_named_before_anything_is_downloaded(ready: Box, mirror: Files) -> None:
+    code, events, _ = install(ready, "--engine", "vllm")
     assert code == 1
-    assert "comes with a later version" in events[-1].text
-    assert mirror.ranges == []
+    assert events[-1].text == "no engine 'vllm': there are ollama and llamacpp"
+    assert mirror.asked == []
+
+
+@pytest.mark.parametrize("size", [len(MODEL) - 1000, len(MODEL) + 1000])
+def test_a_file_of_another_size_is_deleted_and_not_fetched_again_and_again(
+    size: int, ready: Box, mirror: Files
+) -> None:
+    configure(ready, mirror, size=size)
+    code, events, _ = install(ready)
+    assert code == 1
+    assert f"it has {len(MODEL)} bytes, not {size}; it was deleted" in events[-1].text
+    assert len(mirror.ranges) == 1
+    assert list((ready.dir / "downloads").iterdir()) == []
 
 
 def test_a_missing_tool_is_named_when_nobody_can_install_it(ready: Box) -> None:

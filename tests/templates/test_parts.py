@@ -147,7 +147,10 @@ def test_a_part_left_behind_by_a_killed_loop_gives_its_port_back(parts: Box) -> 
     start(parts, "engine")
     eventually(lambda: engine_answer(parts))
     port, orphan = parts.text("run/engine.port"), parts.text("run/engine.child")
-    os.kill(int(parts.text("run/engine.pid")), signal.SIGKILL)
+    loop = int(parts.text("run/engine.pid"))
+    os.kill(loop, signal.SIGKILL)
+    # Until the kernel is done with it, it holds its lock.
+    eventually(lambda: not command_line(loop))
     start(parts, "engine")
     eventually(lambda: parts.text("run/engine.child") != orphan and engine_answer(parts))
     assert parts.text("run/engine.port") == port
