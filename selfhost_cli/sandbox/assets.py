@@ -3,6 +3,7 @@
     cache/models/NAME            the model; NAME.sha256 beside it says that it was verified, NAME.part can be resumed
     cache/wheels/cp311-1a2b3c4d/ what install.sh installs on a box (--no-index --find-links), for the box's interpreter
     cache/claude/2.1.330/        the real Claude Code CLI
+    cache/ollama/current         a link to what scripts/ollama built, when somebody asked for that
     cache/partial/               unfinished downloads; what a killed run left there goes with the next one
 
 A file or folder gets its final name only when it is whole and verified, so `ready` just looks for names. Everything a
@@ -41,6 +42,7 @@ Report = Callable[[str], None]
 # What install.sh is told to install into the venvs of a box's two parts.
 BOX_REQUIREMENTS: Final = {"proxy": "aiohttp==3.14.5", "engine": "xllamacpp==2026.10.11549"}
 CLAUDE_VERSION: Final = "2.1.330"
+OLLAMA_ARCHIVE: Final = "ollama-linux-amd64.tar.zst"
 
 _ENGINE_SHA256: Final = "c54e7d13520ecc989c63dc99d55de3065e2f343a91f43f053d16b5e62077c261"
 _SYSTEM_PYTHON: Final = Path("/usr/bin/python3")
@@ -137,7 +139,7 @@ def ensure(cache: Path, report: Report, sources: Sources | None = None) -> Asset
     python = box_python()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / "lock", report):
+        with locked(cache / "lock", report):
             _fetch_missing(cache, report, sources, python)
     except OSError as error:
         raise NotSetUp(
@@ -158,6 +160,13 @@ def ready(cache: Path, sources: Sources | None = None) -> bool:
         )
     except NotSetUp:
         return False
+
+
+def built_ollama(cache: Path) -> Path | None:
+    """The folder with the archive, bin/ and lib/ that scripts/ollama made last. Nothing else here needs it."""
+    folder = (cache / "ollama" / "current").resolve()
+    whole = (folder / OLLAMA_ARCHIVE).is_file() and os.access(folder / "bin" / "ollama", os.X_OK)
+    return folder if whole else None
 
 
 def box_python() -> Path:
@@ -290,7 +299,7 @@ def _makes_venvs(python: Path, version: tuple[int, int]) -> bool:
 
 
 @contextmanager
-def _lock(path: Path, report: Report) -> Iterator[None]:
+def locked(path: Path, report: Report) -> Iterator[None]:
     """Held by the open file, so that it goes with the process, however that ends."""
     with path.open("a") as file:
         try:

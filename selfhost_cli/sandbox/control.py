@@ -5,8 +5,9 @@ GET  /control/boxes                 every instance that exists or is being torn 
 GET  /control/requests?since=N      what was asked, without keys   DELETE forgets it
 GET, POST, DELETE /control/faults   {"fault": kind, "offer"?: id, "calls"?: n, …options}; see faults.py
 POST /control/kill                  {"instance": id, "status"?: "offline"}: its host dies now
-POST /control/settings              {"stages"?: {stage: s}, "sshd_first"?, "gap_s"?, "sshd_delay_s"?, "credit"?}
-POST /control/mirror                {"rate"?, "stall_after"?, "cut_after"?}: all three are set, absent is off
+POST /control/settings              {"stages"?: {stage: s}, "sshd_first"?, "gap_s"?, "sshd_delay_s"?, "credit"?,
+                                    "ollama"?}
+POST /control/mirror                {"rate"?, "stall_after"?, "cut_after"?, "cuts"?, "corrupt"?}: absent is off
 POST /control/shutdown
 """
 

@@ -32,7 +32,8 @@ truncate tsort tty uname uniq unlink unzip uptime wc wget which who whoami xargs
 """
 """The tools on a box's PATH that this machine has.
 
-Absent on purpose: nvidia-smi, ollama, systemctl; pkill and killall, which would reach the user's own processes.
+Absent on purpose: nvidia-smi, systemctl, ollama (unless BoxConfig names one); pkill and killall, which would reach the
+user's own processes.
 """
 
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -94,6 +95,8 @@ class BoxConfig:
     sshd_delay_s: float = 0.0
     market_pid: int = 0
     """The supervisor ends the box when this process, its parent, ends; 0: no such parent."""
+    ollama: str = ""
+    """The program that is `ollama` on its PATH; none when empty."""
 
     def save(self, box: Path) -> None:
         write(box / "box.json", json.dumps(asdict(self)), 0o600)
@@ -200,6 +203,8 @@ def build(box: Path, config: BoxConfig) -> None:
     write(box / "root/.profile", f"PATH='{box}/bin'\n")
     write_net_dev(box, 0, 0)
     _tools(box)
+    if config.ollama:
+        (box / "bin/ollama").symlink_to(config.ollama)
     _users(box)
     _host_keys(box)
     config.save(box)

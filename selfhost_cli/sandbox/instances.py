@@ -36,6 +36,8 @@ class Settings:
     gap_s: float = 2.0
     sshd_delay_s: float = 0.0
     credit: float = 25.0
+    ollama: str = ""
+    """The program that the image brings as `ollama`; none when empty."""
 
 
 @dataclass(frozen=True)
@@ -354,6 +356,7 @@ class Instances:
             gap_s=settings.gap_s,
             sshd_delay_s=settings.sshd_delay_s,
             market_pid=self._pid,
+            ollama=settings.ollama,
         )
 
     def _environment(self, instance: Instance) -> dict[str, str]:

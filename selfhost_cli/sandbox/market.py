@@ -1,8 +1,8 @@
 """The market's process: `python -m selfhost_cli.sandbox.market --state DIR`.
 
-Binds a free loopback port, writes DIR/market.json (0600: url, pid, control_token, mirror, api_key), and ends by itself
-when nothing is rented and nobody asked for a while. SIGTERM destroys every box first; a market that is killed takes
-its boxes' supervisors along (they get SIGTERM), and what even those left is swept by the next one.
+Binds a free loopback port, writes DIR/market.json (0600: url, pid, control_token, mirror, registry, api_key), and
+ends by itself when nothing is rented and nobody asked for a while. SIGTERM destroys every box first; a market that is
+killed takes its boxes' supervisors along (they get SIGTERM), and what even those left is swept by the next one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from selfhost_cli.sandbox.catalogue import Catalogue
 from selfhost_cli.sandbox.control import Control, RequestLog
 from selfhost_cli.sandbox.faults import Faults
 from selfhost_cli.sandbox.instances import Clock, Instances, Settings
-from selfhost_cli.sandbox.mirror import Mirror
+from selfhost_cli.sandbox.mirror import FOLDERS, Mirror
+from selfhost_cli.sandbox.registry import Registry
 
 API_KEY_VARIABLE = "SELFHOST_SANDBOX_API_KEY"
 
@@ -77,9 +78,9 @@ class Market:
             shutdown=self.ending.set,
         )
         self.app = web.Application(middlewares=[self._noted])
-        self.app.add_routes([*api.routes(), *control.routes()])
-        self.app.router.add_get(r"/mirror/{folder:models|wheels(?:/[\w-]+)?}/", mirror.index)
-        self.app.router.add_get(r"/mirror/{folder:models|wheels(?:/[\w-]+)?}/{name}", mirror.file)
+        self.app.add_routes([*api.routes(), *control.routes(), *Registry(options.cache).routes()])
+        self.app.router.add_get(f"/mirror/{{folder:{FOLDERS}}}/", mirror.index)
+        self.app.router.add_get(f"/mirror/{{folder:{FOLDERS}}}/{{name}}", mirror.file)
 
     @web.middleware
     async def _noted(
@@ -122,6 +123,7 @@ class Market:
             "pid": os.getpid(),
             "control_token": self.control_token,
             "mirror": f"{url}/mirror",
+            "registry": url,
             "api_key": self.options.api_key,
         }
         image.write(self.options.state / "market.json", json.dumps(facts, indent=1) + "\n", 0o600)
@@ -162,17 +164,20 @@ async def _run(options: Options) -> None:
 def _options(arguments: list[str]) -> Options:
     parser = argparse.ArgumentParser(prog="selfhost_cli.sandbox.market", description="The sandbox's market.")
     parser.add_argument("--state", type=Path, required=True, help="directory for market.json and the boxes")
-    parser.add_argument("--cache", type=Path, help="directory the mirror serves: models/ and wheels/")
+    parser.add_argument("--cache", type=Path, help="directory that mirror and registry serve")
     parser.add_argument("--idle-exit", type=float, default=60.0, metavar="S", help="end after S seconds of nothing")
     parser.add_argument("--fast", action="store_true", help="boot stages of 50 ms")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same offers")
     parser.add_argument("--credit", type=float, default=25.0, metavar="$", help="what the account has")
     parser.add_argument("--api-key", help=f"the account's key (default: ${API_KEY_VARIABLE}, else a random one)")
+    parser.add_argument(
+        "--ollama", type=Path, metavar="PATH", help="a program that the boxes' image brings as `ollama`"
+    )
     parser.add_argument("--die-with", type=int, metavar="PID", help="end when this process, our parent, has ended")
     given = parser.parse_args(arguments)
     if given.die_with:
         processes.die_with_parent(given.die_with)
-    settings = Settings(credit=given.credit)
+    settings = Settings(credit=given.credit, ollama=str(given.ollama.absolute()) if given.ollama else "")
     if given.fast:
         settings.stages = dict.fromkeys(settings.stages, 0.05)
     key = given.api_key or os.environ.get(API_KEY_VARIABLE) or secrets.token_hex(32)

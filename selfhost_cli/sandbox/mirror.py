@@ -1,6 +1,7 @@
-"""The cache directory over HTTP, for the boxes: `models/`, `wheels/` and its folders, with Range, ETag, and switches.
+"""The cache directory over HTTP, for the boxes: models, wheels, Ollama's archive, and the blobs that registry.py names.
 
-The bytes sent are counted per box: the market bills them, and the box sees them in its `net_dev`.
+With Range, ETag and switches; a query is ignored. The bytes sent are counted per box: the market bills them, and the
+box sees them in its `net_dev`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ from aiohttp import web
 from selfhost_cli.sandbox import image
 from selfhost_cli.sandbox.instances import Instance, Instances
 
-FOLDERS = ("models", "wheels")
+FOLDERS = r"models|wheels(?:/[\w-]+)?|ollama/\w[\w.-]*|registry/\w+/blobs"
+"""What is served of the cache, as a pattern for routes."""
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
 @dataclass
 class Switches:
-    """How transfers go wrong. None: not at all. `rate` in bytes/s, the others after so many bytes of an answer."""
+    """How transfers go wrong. None: not at all. `rate` in bytes/s, stall and cut after so many bytes of an answer."""
 
     rate: float | None = None
     stall_after: int | None = None
     cut_after: int | None = None
+    cuts: int | None = None
+    """How many answers are cut; None: every one."""
+    corrupt: bool = False
+    """The right number of bytes, and some of them are wrong."""
 
 
 class Mirror:
@@ -80,7 +86,7 @@ class Mirror:
 
     def _folder(self, request: web.Request) -> Path:
         folder = request.match_info["folder"]
-        if self._cache is None or folder.partition("/")[0] not in FOLDERS:
+        if self._cache is None:
             raise web.HTTPNotFound(text=f"the mirror has no {folder}\n")
         return self._cache / folder
 
@@ -102,7 +108,7 @@ class Mirror:
                     chunk = file.read(room)
                     if not chunk:
                         break
-                    await response.write(chunk)
+                    await response.write(_spoilt(chunk) if self.switches.corrupt else chunk)
                     sent += len(chunk)
                     count(len(chunk), False)
             await response.write_eof()
@@ -119,6 +125,10 @@ class Mirror:
                 raise ConnectionResetError("the client is gone")
             switches = self.switches
             if switches.cut_after is not None and sent >= switches.cut_after:
+                if switches.cuts is not None:
+                    switches.cuts -= 1
+                    if switches.cuts <= 0:
+                        switches.cut_after = None
                 request.transport.abort()
                 raise ConnectionAbortedError("cut, as switched")
             if switches.stall_after is not None and sent >= switches.stall_after:
@@ -157,6 +167,10 @@ class Mirror:
             if any(_holds(pid, inode) for pid in instance.pids()):
                 return instance
         return None
+
+
+def _spoilt(chunk: bytes) -> bytes:
+    return bytes([chunk[0] ^ 0xFF]) + chunk[1:]
 
 
 def _inode(port: int) -> str | None:

@@ -43,7 +43,7 @@ def clean(market: MarketProcess) -> Iterator[MarketProcess]:
     yield market
     market.destroy_all()
     market.control.delete("/faults")
-    market.set("/settings", sshd_first=False, gap_s=2.0, sshd_delay_s=0.0, credit=25.0)
+    market.set("/settings", sshd_first=False, gap_s=2.0, sshd_delay_s=0.0, credit=25.0, ollama="")
     market.set("/mirror")
 
 

@@ -185,6 +185,15 @@ def test_onstart_has_the_markets_environment_and_nothing_of_the_laptops(
     market.close()
 
 
+def test_an_image_can_bring_an_ollama(clean: MarketProcess, tmp_path: Path) -> None:
+    program = tmp_path / "some-ollama"
+    program.write_text("#!/bin/sh\necho it says $1\n")
+    program.chmod(0o755)
+    clean.set("/settings", ollama=str(program))
+    rented = rent(clean, "#!/bin/bash\nollama --version\n")
+    until(lambda: rented.log() == "it says --version\n")
+
+
 def test_two_boxes_live_side_by_side_and_one_outlives_the_other(clean: MarketProcess, login: Path) -> None:
     first, second = rent(clean, own_login(login)), rent(clean, own_login(login))
     with connect(first.port(), login), connect(second.port(), login) as client:

@@ -61,7 +61,9 @@ def test_a_range_of_another_version_is_not_served(http: httpx.Client, url: str) 
 
 def test_nothing_outside_the_cache_is_served(clean: MarketProcess, http: httpx.Client) -> None:
     (clean.cache / "secret").write_text("s")
-    for path in ("models/nothing", "models/..%2Fsecret", "models/../secret", "secret", "state/market.json"):
+    paths = ["models/nothing", "models/..%2Fsecret", "models/../secret", "secret", "state/market.json"]
+    paths += ["ollama/..%2F/secret", "ollama/..%2F../secret", "ollama/../secret", "registry/lock", "partial/x"]
+    for path in paths:
         assert http.get(f"{clean.facts['mirror']}/{path}").status_code == 404, path
 
 
@@ -75,6 +77,39 @@ def test_curl_resumes_a_transfer_that_was_cut(clean: MarketProcess, url: str, tm
     clean.set("/mirror")
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert target.read_bytes() == BODY
+
+
+def test_a_cut_can_be_limited_to_so_many_answers(clean: MarketProcess, http: httpx.Client, url: str) -> None:
+    clean.set("/mirror", cut_after=300_000, cuts=2)
+    for _ in range(2):
+        with pytest.raises(httpx.RemoteProtocolError):
+            http.get(url)
+    assert http.get(url).content == BODY
+
+
+def test_a_corrupt_transfer_has_the_right_size_and_other_bytes(
+    clean: MarketProcess, http: httpx.Client, url: str
+) -> None:
+    clean.set("/mirror", corrupt=True)
+    answer = http.get(url)
+    assert (answer.status_code, len(answer.content)) == (200, len(BODY))
+    assert answer.content != BODY
+    clean.set("/mirror")
+    assert http.get(url).content == BODY
+
+
+@pytest.mark.parametrize("folder", ["0.34.0-0a1b2c3d", "current"])
+def test_ollamas_archive_is_served_whatever_version_is_asked_for(
+    clean: MarketProcess, http: httpx.Client, folder: str
+) -> None:
+    built = clean.cache / "ollama/0.34.0-0a1b2c3d"
+    built.mkdir(parents=True, exist_ok=True)
+    (built / "ollama-linux-amd64.tar.zst").write_bytes(BODY)
+    if not (built.parent / "current").is_symlink():
+        (built.parent / "current").symlink_to(built.name)
+    url = f"{clean.facts['mirror']}/ollama/{folder}/ollama-linux-amd64.tar.zst?version=0.34.0"
+    answer = http.get(url, headers={"Range": "bytes=10-19"})
+    assert (answer.status_code, answer.content) == (206, BODY[10:20])
 
 
 def test_a_stalled_transfer_says_nothing_until_it_is_switched_off(clean: MarketProcess, url: str) -> None:

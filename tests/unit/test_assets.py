@@ -345,3 +345,15 @@ def test_what_is_missing_can_be_asked_before_there_is_an_environment(tmp_path: P
         command, cwd=root, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_built_ollama_is_found_behind_its_link_when_it_is_whole(cache: Path) -> None:
+    assert assets.built_ollama(cache) is None
+    folder = cache / "ollama" / "0.34.0-0a1b2c3d"
+    (folder / "bin").mkdir(parents=True)
+    (cache / "ollama" / "current").symlink_to(folder.name)
+    (folder / assets.OLLAMA_ARCHIVE).write_bytes(b"an archive")
+    assert assets.built_ollama(cache) is None
+    (folder / "bin" / "ollama").write_text("#!/bin/sh\n")
+    (folder / "bin" / "ollama").chmod(0o755)
+    assert assets.built_ollama(cache) == folder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["check", "demo", "format", "record-demo", "setup", "test", "test-long"]
+COMMANDS = ["check", "demo", "format", "ollama", "record-demo", "setup", "test", "test-long", "test-ollama"]
 SCRIPTS = [ROOT / "scripts" / name for name in [*COMMANDS, "lib.sh"]] + [ROOT / ".ci" / "run"]
 
 
@@ -134,6 +134,87 @@ def test_an_environment_that_moved_or_broke_counts_as_missing(checkout: Path) ->
     with (checkout / "pyproject.toml").open("a") as file:
         file.write("# a new requirement\n")
     assert bash(ask).stdout == ""
+
+
+# --- scripts/ollama: everything but the build ---------------------------------------------------------------------
+
+ORDINARY = ["basename", "cat", "dirname", "flock", "grep", "head", "ln", "ls", "mkdir", "mv", "readlink", "rm"]
+ORDINARY += ["sha256sum", "sort", "tail", "tr", "uname"]
+
+
+@pytest.fixture
+def ready_checkout(checkout: Path) -> Path:
+    """With an environment that counts as current, so that nothing is installed."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", checkout / ".venv"], check=True)
+    (checkout / ".venv" / "bin" / "selfhost").symlink_to("/bin/true")
+    bash(f'source "{checkout}/scripts/lib.sh"; stamp_text >"$stamp"')
+    return checkout
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A PATH of ordinary tools, without compilers, whose `id` is an ordinary user."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ORDINARY:
+        (folder / name).symlink_to(str(shutil.which(name)))
+    stub(folder, "id", "echo 1000")
+    stub(folder, "apt-get", "exit 1")
+    return folder
+
+
+def build_ollama(checkout: Path, cache: Path, path: Path) -> subprocess.CompletedProcess[str]:
+    return bash(f'"/bin/bash" "{checkout}/scripts/ollama"', path=str(path), SELFHOST_TEST_CACHE=str(cache))
+
+
+def test_without_a_compiler_no_ollama_is_built_and_nothing_is_written(
+    ready_checkout: Path, tmp_path: Path, bare: Path
+) -> None:
+    done = build_ollama(ready_checkout, tmp_path / "cache", bare)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "run: sudo apt-get install -y g++ libc6-dev zstd" in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_ollama_that_was_built_is_taken_as_it_is_and_linked(
+    ready_checkout: Path, tmp_path: Path, bare: Path
+) -> None:
+    """Its name is a hash of the inputs: a compiler is not asked, and what another processor needed is not taken."""
+    cache = tmp_path / "cache"
+    ask = f'source <(sed "/^main$/d; /^source /d" "{ready_checkout}/scripts/ollama"); inputs | sha256sum | head -c 8'
+    built = cache / "ollama" / f"0.34.0-{bash(ask).stdout}"
+    (built / "bin").mkdir(parents=True)
+    (built / "ollama-linux-amd64.tar.zst").write_text("an archive")
+    stub(built / "bin", "ollama", "")
+    (cache / "ollama" / "current").symlink_to("0.33.0-ffffffff")
+    for _ in range(2):
+        done = build_ollama(ready_checkout, cache, bare)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{built}\n", "")
+        assert os.readlink(cache / "ollama" / "current") == built.name
+    assert sorted(path.name for path in (cache / "ollama").iterdir()) == [built.name, "current"]
+
+    (built / "bin" / "ollama").unlink()  # half of one is none
+    assert build_ollama(ready_checkout, cache, bare).returncode == 3
+
+
+def test_a_build_that_fails_shows_its_last_words_and_leaves_nothing(
+    ready_checkout: Path, tmp_path: Path, bare: Path
+) -> None:
+    for name in ("g++", "gcc", "zstd"):
+        stub(bare, name, "")
+    python = ready_checkout / ".venv" / "bin" / "python"
+    python.rename(python.with_name("real-python"))
+    stub(
+        python.parent,
+        "python",
+        '[[ $2 != venv ]] || { echo "no venv today"; exit 1; }\nexec "${0%/*}/real-python" "$@"',
+    )
+    cache = tmp_path / "cache"
+    (cache / "ollama" / "partial" / "left by a kill").mkdir(parents=True)
+    done = build_ollama(ready_checkout, cache, bare)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "no venv today\nerror: getting the tools failed" in done.stderr
+    assert [path.name for path in (cache / "ollama").iterdir()] == ["lock"]
 
 
 REPORT = """<testsuites><testsuite>
