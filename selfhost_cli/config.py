@@ -24,6 +24,8 @@ read in November 2026). Unverified: never pulled by this project.
 """
 IMAGE_GB = 8.0
 """What to count on for pulling it; our estimate for a CUDA development image. Hosts often have the layers already."""
+OLLAMA_GB = 2.0
+"""What to count on for Ollama's release archive with its CUDA libraries; our estimate, unpacked about twice that."""
 
 
 class Source(IntEnum):
@@ -70,6 +72,11 @@ class Paths:
     @property
     def keeper_log(self) -> Path:
         return self.state / "keeper.log"
+
+    @property
+    def archives(self) -> Path:
+        """Which files were seen first, see `archive`."""
+        return self.state / "archives"
 
     @property
     def up_lock(self) -> Path:
@@ -122,9 +129,14 @@ class Settings:
     image: str = _setting(IMAGE, "container image")
     engine: str = _setting("ollama", "what generates tokens: ollama, or llamacpp in the sandbox")
     model: str = _setting("qwen3-coder:30b", "the model to serve")
+    registry: str = _setting("", "where ollama pulls models from; default: its own registry")
+    ollama_url: str = _setting(
+        "https://ollama.com/download/ollama-linux-amd64.tar.zst", "where ollama's release archive comes from"
+    )
+    ollama_version: str = _setting("0.34.0", "its version; an ollama that the image brings is used from this one on")
     model_url: str = _setting("", "where llamacpp's model file comes from")
     model_sha256: str = _setting("", "its checksum")
-    model_bytes: int = _setting(19_000_000_000, "size of the model to download")
+    model_bytes: int = _setting(19_000_000_000, "size of the model, when no registry can be asked for it")
     context: int = _setting(65_536, "context window in tokens")
     pip_args: str = _setting("", "arguments for pip on the box")
     proxy_requirements: str = _setting("aiohttp==3.14.5", "what the proxy on the box is run with")
@@ -140,13 +152,17 @@ class Settings:
 
         return urlsplit(self.market_url).hostname in ("127.0.0.1", "localhost", "::1")
 
-    @property
-    def disk_gb(self) -> float:
-        """GB to rent: image and model twice over (a pull needs room to unpack), at least the market's minimum."""
-        return self.disk or max(16.0, round(2 * self.model_bytes / 1e9 + IMAGE_GB + 10))
+    def disk_gb(self, model_bytes: float) -> float:
+        """GB to rent: the model twice over (another may be tried), image and engine, at least the market's minimum."""
+        return self.disk or max(16.0, round(2 * model_bytes / 1e9 + IMAGE_GB + 10))
+
+    def archive_url(self) -> str:
+        """The address that gives exactly this version, as Ollama's own installer asks for it."""
+        return f"{self.ollama_url}?version={self.ollama_version}"
 
 
 NAMES = tuple(f.name for f in fields(Settings) if f.metadata)
+DEFAULTS = {f.name: f.default for f in fields(Settings)}
 NOT_SETTINGS = ("profile", "paths", "sources")
 FLAGS = (
     "api_key",
@@ -154,6 +170,7 @@ FLAGS = (
     "region",
     "max_price",
     "model",
+    "context",
     "engine",
     "disk",
     "hours",
@@ -168,6 +185,7 @@ POSITIVE = (
     *("port", "context", "disk"),
 )
 """Zero would end a box at once, or never."""
+URLS = ("market_url", "registry", "ollama_url", "model_url")
 
 
 def paths(profile: str, env: Mapping[str, str]) -> Paths:
@@ -309,11 +327,11 @@ def _text(name: str, value: str) -> str:
     value = value.strip()
     if name == "api_key" and not (value.isascii() and value.isprintable()):
         raise ValueError("expected printable ASCII characters")
-    if name == "market_url":
+    if name in URLS and value != DEFAULTS[name]:
         from urllib.parse import urlsplit
 
         if urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).hostname:
-            raise ValueError("expected a URL such as https://console.vast.ai")
+            raise ValueError(f"expected a URL such as {LIVE_MARKET}")
     return value
 
 

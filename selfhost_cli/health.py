@@ -14,11 +14,17 @@ from selfhost_cli.model import Event, Probe
 
 TOKEN_S = 120.0
 LOOK_S = 20.0
+LEAST_ON_GPU = 0.9
+"""Of the model's bytes. Its embedding table may stay with the CPU at no cost; spilled layers cost most of the speed.
+
+Our choice: what Ollama reports on a GPU was never seen by this project."""
 AGAIN = "Run `selfhost up` to try again, or `selfhost down` to end the bill."
 REMEDIES = {
     "tunnel": "`selfhost status` tells how the tunnel is; it comes back by itself. `selfhost down` ends the bill.",
     "engine": "It may still be loading: look at `selfhost status` in a minute. `selfhost down` ends the bill.",
-    "context": "Ask for less with `context` in config.toml. `selfhost down` ends the bill.",
+    "model": "Choose another one with --model. `selfhost down` ends the bill.",
+    "gpu": "Choose a smaller model with --model, or a smaller --context. `selfhost down` ends the bill.",
+    "context": "Ask for less with --context. `selfhost down` ends the bill.",
 }
 
 
@@ -33,13 +39,16 @@ class HealthReport:
         return next((probe for probe in self.probes if not probe.ok), None)
 
 
-def check(front: Front, *, model: str, context: int, report: Callable[[Event], None]) -> HealthReport:
-    """Probe tunnel and proxy, engine, model, context and one real token; stops at the first failure."""
+def check(front: Front, *, model: str, context: int, gpu: bool, report: Callable[[Event], None]) -> HealthReport:
+    """Probe tunnel and proxy, engine, model, context and one real token; stops at the first failure.
+
+    `gpu`: the box has a real one, so the model must be on it.
+    """
     probes: list[Probe] = []
     with httpx.Client(
         base_url=front.url, headers={"Authorization": f"Bearer {front.token}"}, timeout=LOOK_S, trust_env=False
     ) as client:
-        for probe in _probes(client, model, context):
+        for probe in _probes(client, model, context, gpu):
             probes.append(probe)
             report(Event(f"health: {probe.name}", "done" if probe.ok else "fail", probe.detail))
             if not probe.ok:
@@ -47,7 +56,7 @@ def check(front: Front, *, model: str, context: int, report: Callable[[Event], N
     return HealthReport(tuple(probes))
 
 
-def _probes(client: httpx.Client, model: str, context: int) -> Iterator[Probe]:
+def _probes(client: httpx.Client, model: str, context: int, gpu: bool) -> Iterator[Probe]:
     began = time.monotonic()
 
     def verdict(name: str, ok: bool, detail: str) -> Probe:
@@ -63,14 +72,40 @@ def _probes(client: httpx.Client, model: str, context: int) -> Iterator[Probe]:
     yield verdict("proxy", True, f"selfhost {box.get('version', '?')} on the box")
     engine = str(box.get("engine"))
     part = (box.get("components") or {}).get(engine)
-    yield verdict("engine", _is_up(part), engine if _is_up(part) else f"{engine} does not answer: {_reason(part)}")
-    served = box.get("model")
-    yield verdict("model", served == model, model if served == model else f"serves {served}, wanted {model}")
+    named = f"{engine} {part.get('version', '')}".strip() if isinstance(part, dict) else engine
+    yield verdict("engine", _is_up(part), named if _is_up(part) else f"{engine} does not answer: {_reason(part)}")
+    facts: dict[str, Any] = part if isinstance(part, dict) else {}
+    problem = _wrong_model(box.get("model"), model, facts)
+    yield verdict("model", not problem, problem or described(model, facts))
+    share = on_gpu(facts)
+    if gpu and share is not None:
+        yield verdict("gpu", share >= LEAST_ON_GPU, f"{share:.0%} of the model is on the GPU")
     real = box.get("context")
     fits = isinstance(real, int) and real >= context
     yield verdict("context", fits, f"{real} tokens" if fits else f"{real} tokens, promised {context}")
     answer = _token(client, model)
     yield verdict("token", not answer.startswith("!"), answer.removeprefix("!"))
+
+
+def described(model: str, facts: dict[str, Any]) -> str:
+    """The model with its size and quantization, as far as the engine tells them."""
+    more = " ".join(str(facts[key]) for key in ("parameters", "quantization") if facts.get(key))
+    return f"{model} ({more})" if more else model
+
+
+def on_gpu(facts: dict[str, Any]) -> float | None:
+    """Which part of the model is in video memory, 0 to 1; None when the engine does not tell."""
+    size, there = facts.get("size"), facts.get("size_vram")
+    return there / size if isinstance(size, int) and size and isinstance(there, int) else None
+
+
+def _wrong_model(served: object, model: str, facts: dict[str, Any]) -> str:
+    if served != model:
+        return f"serves {served}, wanted {model}"
+    able = facts.get("capabilities")
+    if isinstance(able, list) and "tools" not in able:
+        return f"{model} cannot call tools, and Claude Code works with nothing else"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from selfhost_cli import payload
+from selfhost_cli import archive, payload
+from selfhost_cli.archive import Archive
 from selfhost_cli.errors import SelfhostError
 from selfhost_cli.model import Event
 from selfhost_cli.remote import Remote, Result
@@ -24,9 +25,10 @@ INSTALL = "sh ~/.selfhost/bin/install.sh"
 PROXY_PORT = "cat ~/.selfhost/run/proxy.port"
 RENEW_LEASE = "touch ~/.selfhost/run/lease"
 ARMED = "cat ~/.selfhost/run/armed 2>/dev/null || true"
+ARCHIVE = "cat ~/.selfhost/run/archive 2>/dev/null || true"
 
 ROOT = ".selfhost"
-SCRIPTS = ("install.sh", "start.sh", "stop.sh", "llamacpp.py")
+SCRIPTS = ("install.sh", "start.sh", "stop.sh", "llamacpp.py", "ollama.py")
 
 # install.sh says something every few seconds, even while pip or sha256sum are silent.
 SILENCE_S = 180.0
@@ -36,9 +38,11 @@ _AGAIN = "run `selfhost up` to try again, or `selfhost down` to end the bill"
 
 @dataclass(frozen=True)
 class InstallSpec:
-    """What a box shall run. `size` (bytes) and `sha256` are those of the model file, None/"" when unknown.
+    """What a box shall run. `url`, `size` (bytes) and `sha256` are llamacpp's model file; None or "": unknown.
 
-    `pip_args` and the requirements are words as pip takes them, separated by spaces.
+    `pip_args` and the requirements are words as pip takes them, separated by spaces. `archive` is what Ollama's release
+    archive must be, None when none was seen yet: then it is what comes from `ollama_url`. `registry` is where its
+    models come from, "" for its own.
     """
 
     engine: str
@@ -52,13 +56,18 @@ class InstallSpec:
     pip_args: str = ""
     proxy_requirements: str = "aiohttp>=3.11"
     engine_requirements: str = ""
+    ollama_url: str = ""
+    ollama_version: str = ""
+    archive: Archive | None = None
+    registry: str = ""
 
 
 @dataclass(frozen=True)
 class Installed:
-    """What runs on the box now. `proxy_port` is on the box's own 127.0.0.1."""
+    """What runs on the box now. `proxy_port` is on the box's own 127.0.0.1; `archive` is what Ollama came out of."""
 
     proxy_port: int
+    archive: Archive | None = None
 
 
 def apply(remote: Remote, spec: InstallSpec, report: Callable[[Event], None]) -> Installed:
@@ -74,7 +83,7 @@ def bring(remote: Remote, wanted: dict[str, tuple[bytes, int]], report: Callable
     """`apply` for given files (see `files`): upload what differs, run install.sh, ask for the port."""
     _upload(remote, wanted, report)
     _run_install(remote, report)
-    return Installed(_proxy_port(remote))
+    return Installed(_proxy_port(remote), _archive(remote))
 
 
 def files(spec: InstallSpec) -> dict[str, tuple[bytes, int]]:
@@ -99,6 +108,11 @@ def env_file(spec: InstallSpec) -> bytes:
         "PIP_ARGS": spec.pip_args,
         "PROXY_REQUIREMENTS": spec.proxy_requirements,
         "ENGINE_REQUIREMENTS": spec.engine_requirements,
+        "OLLAMA_URL": spec.ollama_url,
+        "OLLAMA_VERSION": spec.ollama_version,
+        "OLLAMA_BYTES": str(spec.archive.size) if spec.archive else "",
+        "OLLAMA_SHA256": spec.archive.sha256 if spec.archive else "",
+        "REGISTRY": spec.registry,
     }
     return "".join(f"SELFHOST_{name}={_quote(value)}\n" for name, value in values.items()).encode()
 
@@ -166,6 +180,14 @@ def _proxy_port(remote: Remote) -> int:
     if result.code or port is None:
         raise SelfhostError(f"the proxy on the box does not say its port: {_tail(result)}", _AGAIN)
     return port
+
+
+def _archive(remote: Remote) -> Archive | None:
+    """A stranger's machine wrote it: what makes no sense is not kept."""
+    try:
+        return archive.parse(remote.run(ARCHIVE).out)
+    except ValueError:
+        return None
 
 
 def _quote(value: str) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from selfhost_cli.errors import MayBeBilling, SelfhostError, Superseded
@@ -245,6 +244,8 @@ def _create(path: Path) -> bool:
     """
     if path.exists():
         return False
+    from tempfile import TemporaryDirectory  # only here: this module is on the way of every `selfhost claude`
+
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         with closing(sqlite3.connect(draft, isolation_level=None)) as db:

@@ -68,6 +68,7 @@ def up(
     region: Annotated[str | None, _setting("region")] = None,
     max_price: Annotated[float | None, _setting("max_price")] = None,
     model: Annotated[str | None, _setting("model")] = None,
+    context: Annotated[int | None, _setting("context")] = None,
     engine: Annotated[str | None, _setting("engine")] = None,
     disk: Annotated[float | None, _setting("disk")] = None,
     hours: Annotated[float | None, _setting("hours")] = None,
@@ -88,6 +89,7 @@ def up(
     flags: dict[str, Any] = {"gpu": gpu, "region": region, "max_price": max_price, "model": model, "engine": engine}
     flags |= {
         "api_key": api_key,
+        "context": context,
         "disk": disk,
         "hours": hours,
         "max_spend": max_spend,
@@ -173,7 +175,9 @@ def claude(ctx: typer.Context) -> None:
 @app.command()
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the box up, to try the other commands on it.")] = False,
-    engine: Annotated[str, typer.Option(help="llamacpp; ollama comes with a later version.")] = "llamacpp",
+    engine: Annotated[
+        str, typer.Option(help="llamacpp, or the real ollama, which scripts/ollama builds.")
+    ] = "llamacpp",
 ) -> None:
     """The whole way on this machine, without an account: a sandbox market, a real box, a real model."""
     from selfhost_cli.cli import demo as command

@@ -19,16 +19,17 @@ The demo box is still up (simulated money; it ends by itself after 45 minutes wi
 
 def run(*, keep: bool, engine: str) -> None:
     """Rent, install, ask Claude, destroy, prove. Raises SelfhostError when any of it fails."""
-    if engine != "llamacpp":
-        raise UsageError(f"the demo's engine {engine!r} is not part of this version", "Leave out --engine.")
+    if engine not in sandbox.ENGINES:
+        raise UsageError(f"the demo has no engine {engine!r}", f"Its engines are {' and '.join(sandbox.ENGINES)}.")
     began = time.monotonic()
     where = sandbox.paths()
     _say("selfhost demo: a sandbox market, a real box with a real sshd, a real model on the CPU, the real Claude Code.")
     _say("No account and no money: prices and the GPU are simulated.\n")
     made = sandbox.prepare(where, lambda line: render.err.print(line, style="dim"))
-    market = sandbox.start_market(where, keep=keep)
+    ollama = sandbox.prepare_ollama(where, made) if engine == "ollama" else None
+    market = sandbox.start_market(where, keep=keep, ollama=ollama)
     try:
-        sandbox.write_config(where, market, made)
+        sandbox.write_config(where, market, made, ollama)
         _command(["up", "--yes", "--detach"])
         _ask_claude(sandbox.make_task(where))
         if keep:

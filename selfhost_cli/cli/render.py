@@ -23,10 +23,11 @@ from rich.progress import (
 from rich.status import Status
 from rich.table import Table
 
+from selfhost_cli import health
 from selfhost_cli import status as state
 from selfhost_cli.cli import words
 from selfhost_cli.invoice import Invoice
-from selfhost_cli.lifecycle import Ended, Plan
+from selfhost_cli.lifecycle import SIMULATED, Ended, Plan
 from selfhost_cli.model import Caps, Endpoint, Event, Rental
 
 PROOF = "nothing is billed any more"
@@ -260,7 +261,7 @@ def _status(value: state.Status) -> None:
     usage = value.so_far.usage
     for name, text in (
         ("box", escape(f"{rental} in {rental.place}, {rental.state}")),
-        ("engine", f"{rental.engine}, {rental.model}, {value.box.get('context') or rental.context} tokens"),
+        ("engine", escape(_engine(value))),
         ("tunnel", escape(f"{value.tunnel} {value.reason}".strip() + (f", {value.url}" if value.url else ""))),
         ("proxy", str(value.box.get("status") or "not asked")),
         ("tokens", f"{usage.input_tokens} in, {usage.output_tokens} out, {usage.requests} requests"),
@@ -268,6 +269,14 @@ def _status(value: state.Status) -> None:
         ("ends by itself", _caps(rental.caps)),
     ):
         out.print(f"[bold]{name:<14}[/]  {text}")
+
+
+def _engine(value: state.Status) -> str:
+    rental, facts = value.rental, (value.box.get("components") or {}).get(value.rental.engine) or {}
+    engine = f"{rental.engine} {facts.get('version', '')}".strip()
+    told = f"{engine}, {health.described(rental.model, facts)}, {value.box.get('context') or rental.context} tokens"
+    share = None if SIMULATED in rental.gpu else health.on_gpu(facts)
+    return told if share is None else f"{told}, {share:.0%} on the GPU"
 
 
 def _caps(caps: Caps) -> str:

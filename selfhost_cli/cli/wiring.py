@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from selfhost_cli import attach, claude, lifecycle
+from selfhost_cli import attach, claude, lifecycle, models
 from selfhost_cli.attach import Front
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import MarketUnreachable, MayBeBilling, NotSetUp, SelfhostError, UsageError
@@ -39,6 +39,7 @@ def world(
                 connect=ssh.connect,
                 make_key=ssh.make_key,
                 find_claude=lambda: claude.find(settings.claude, environment),
+                find_model=lambda: models.size(settings.model, settings.registry),
                 report=report,
             )
     finally:

@@ -82,7 +82,8 @@ def _unfinished(world: World) -> Rental | None:
 def _check_wishes(settings: Settings, rental: Rental) -> None:
     """A flag that asks for something other than what is up is an error, and never silently ignored."""
     caps = rental.caps
-    have: dict[str, object] = {"model": rental.model, "engine": rental.engine, "max_spend": caps.max_dollars}
+    have: dict[str, object] = {"model": rental.model, "context": rental.context, "engine": rental.engine}
+    have |= {"max_spend": caps.max_dollars}
     have |= {"gpu": rental.gpu.removesuffix(SIMULATED), "hours": caps.max_s / 3600, "idle": caps.idle_s / 60}
     for name, value in have.items():
         if settings.sources[name] is Source.FLAG and getattr(settings, name) != value:
@@ -146,4 +147,17 @@ def _attach(world: World, rental: Rental) -> Rental:
     return rental
 
 
-__all__ = ["Books", "Ended", "Keeper", "Plan", "Report", "World", "down", "finish", "preflight", "settle", "up"]
+__all__ = [
+    "SIMULATED",
+    "Books",
+    "Ended",
+    "Keeper",
+    "Plan",
+    "Report",
+    "World",
+    "down",
+    "finish",
+    "preflight",
+    "settle",
+    "up",
+]

@@ -9,14 +9,13 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from selfhost_cli import config, offers, payload
+from selfhost_cli import archive, config, offers, payload
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import (
     AnswerLost,
     MarketError,
     NoCredit,
     NothingToRent,
-    NotSetUp,
     SelfhostError,
     UsageError,
 )
@@ -31,16 +30,12 @@ def preflight(world: World, *, needs_claude: bool = True) -> None:
     settings = world.settings
     if settings.engine not in ("llamacpp", "ollama"):
         raise UsageError(f"engine {settings.engine!r} is unknown", "The engines are ollama and llamacpp.")
-    if settings.engine == "ollama":
-        raise NotSetUp(
-            "the engine ollama is not part of this version yet, so nothing can be served on a live GPU box",
-            "Try `selfhost demo`: the whole way on this machine, in a sandbox.",
-        )
-    if not settings.sandbox:
+    if settings.engine == "llamacpp" and not settings.sandbox:
         raise UsageError(
             "llamacpp here is a CPU build: on a rented GPU it would waste your money",
             "The engine for GPU boxes is ollama; llamacpp serves `selfhost demo`.",
         )
+    archive.recall(settings.paths.archives, settings.archive_url(), settings.ollama_version)
     world.ledger.check()
     world.provider.account()
     if needs_claude:
@@ -52,18 +47,20 @@ def preflight(world: World, *, needs_claude: bool = True) -> None:
 def make_plan(world: World) -> Plan:
     """Ask the market and choose. Raises NothingToRent with the reasons, NoCredit when the account cannot pay."""
     settings = world.settings
+    model_bytes = _model_bytes(world)
+    disk_gb = settings.disk_gb(model_bytes)
     need = Need(
         gpu=settings.gpu,
         gpu_ram_mb=settings.gpu_ram_mb,
         ram_mb=settings.ram_mb,
         reliability=settings.reliability,
         inet_down_mbps=settings.inet_down_mbps,
-        disk_gb=settings.disk_gb,
+        disk_gb=disk_gb,
         hours=settings.hours,
         region=settings.region,
         max_price=settings.max_price,
     )
-    download = settings.model_bytes + config.IMAGE_GB * 1e9
+    download = model_bytes + (config.IMAGE_GB + config.OLLAMA_GB) * 1e9
     found = world.provider.offers(need)
     choice = offers.choose(
         need, found, download_bytes=download, avoid=_failed_before(world), max_spend=settings.max_spend
@@ -92,11 +89,29 @@ def make_plan(world: World) -> Plan:
         model=settings.model,
         engine=settings.engine,
         context=settings.context,
-        disk_gb=settings.disk_gb,
+        disk_gb=disk_gb,
         hours=settings.hours,
         account=account,
         simulated=settings.sandbox,
     )
+
+
+def _model_bytes(world: World) -> int:
+    """What has to be downloaded, as the registry says. Raises UsageError when the disk asked for cannot hold it."""
+    settings = world.settings
+    if settings.engine != "ollama":
+        return settings.model_bytes
+    found = world.find_model()
+    if found is None:
+        world.report(Event("plan", "note", f"the registry cannot be asked about {settings.model} now"))
+        return settings.model_bytes
+    least = found / 1e9 + 3 * config.OLLAMA_GB
+    if settings.disk and settings.disk < least:
+        raise UsageError(
+            f"{settings.disk:g} GB of disk are too few for {settings.model} ({found / 1e9:.1f} GB) and its engine",
+            f"Ask for {least:.0f} GB at least, or leave --disk out.",
+        )
+    return found
 
 
 def login_key(world: World) -> tuple[Path, str]:
@@ -177,9 +192,10 @@ def _box_env(settings: Settings, plan: Plan, ranked: offers.Ranked) -> dict[str,
         "SELFHOST_UP_PER_GB": f"{offer.up_per_gb:.6f}",
         "SELFHOST_UNGUARDED": "1" if settings.unguarded else "",
     }
-    if settings.model_url:
+    if plan.engine == "ollama":
+        env["SELFHOST_FETCH_URL"] = settings.archive_url()
+    elif settings.model_url:
         env["SELFHOST_FETCH_URL"] = settings.model_url
-        env["SELFHOST_FETCH_SHA256"] = settings.model_sha256
     return env
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from selfhost_cli import __version__, health, install
+from selfhost_cli import __version__, archive, health, install
+from selfhost_cli.archive import Archive
 from selfhost_cli.attach import Front
 from selfhost_cli.errors import (
     KeyRefused,
@@ -13,7 +14,7 @@ from selfhost_cli.errors import (
     SelfhostError,
 )
 from selfhost_cli.lifecycle.renting import login_key
-from selfhost_cli.lifecycle.world import Report, World
+from selfhost_cli.lifecycle.world import SIMULATED, Report, World
 from selfhost_cli.model import BoxState, Event, Instance, Rental, State
 from selfhost_cli.remote import NotYet, Remote
 from selfhost_cli.wait import Pending, TimedOut, until
@@ -121,7 +122,9 @@ def _install(world: World, rental: Rental) -> Rental:
     )
     try:
         _check_armed(world, remote)
-        installed = install.apply(remote, _install_spec(world, rental), _until_deadline(world))
+        spec = _install_spec(world, rental)
+        installed = install.apply(remote, spec, _until_deadline(world))
+        _remember(world, spec, installed.archive)
         rental = world.ledger.note(rental, proxy_port=installed.proxy_port)
         check_health(world, rental)
     finally:
@@ -193,12 +196,32 @@ def _install_spec(world: World, rental: Rental) -> install.InstallSpec:
         pip_args=settings.pip_args,
         proxy_requirements=settings.proxy_requirements,
         engine_requirements=settings.engine_requirements,
+        ollama_url=settings.ollama_url,
+        ollama_version=settings.ollama_version,
+        archive=archive.recall(settings.paths.archives, settings.archive_url(), settings.ollama_version),
+        registry=settings.registry,
     )
+
+
+def _remember(world: World, spec: install.InstallSpec, found: Archive | None) -> None:
+    """The archive's first sight: what the next box must get, too."""
+    if (
+        found
+        and spec.archive is None
+        and (found.url, found.version) == (world.settings.archive_url(), spec.ollama_version)
+    ):
+        archive.remember(world.settings.paths.archives, found)
+        world.report(
+            Event(
+                "install", "note", f"first sight of Ollama {found.version}: {found.size} bytes, sha256 {found.sha256}"
+            )
+        )
 
 
 def check_health(world: World, rental: Rental) -> None:
     front = _tunnel(world, rental)
-    report = health.check(front, model=rental.model, context=rental.context, report=world.report)
+    gpu = SIMULATED not in rental.gpu
+    report = health.check(front, model=rental.model, context=rental.context, gpu=gpu, report=world.report)
     if failed := report.failed:
         raise SelfhostError(f"health: {failed.name}: {failed.detail}", failed.remedy)
 

@@ -63,6 +63,8 @@ class World(Books):
     connect: Callable[[Endpoint, str, Path], Remote]
     make_key: Callable[[str], tuple[str, str]]
     find_claude: Callable[[], Path]
+    find_model: Callable[[], int | None]
+    """Bytes to download, None when nobody can say now. Raises UsageError when there is no such model."""
 
 
 @dataclass(frozen=True)

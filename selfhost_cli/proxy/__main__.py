@@ -15,11 +15,12 @@ from aiohttp import web
 
 from selfhost_cli import __version__
 from selfhost_cli.proxy.engines.anthropic import AnthropicEngine
+from selfhost_cli.proxy.engines.ollama import OllamaEngine
 from selfhost_cli.proxy.rundir import RunDir
 from selfhost_cli.proxy.server import Settings, build_server
 from selfhost_cli.proxy.web import runner
 
-ENGINES = {"llamacpp": AnthropicEngine}
+ENGINES = {"llamacpp": AnthropicEngine, "ollama": OllamaEngine}
 
 
 def main() -> None:

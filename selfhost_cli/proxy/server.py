@@ -99,7 +99,7 @@ class _EngineSide:
         try:
             async with asyncio.timeout(ENGINE_ANSWER_S):
                 health = await self._engine.health()
-            engine: Json = {"status": "healthy", "context": health.context, "slots": health.slots}
+            engine: Json = {"status": "healthy", "context": health.context, "slots": health.slots, **health.facts}
         except ProxyError as error:
             health = Health(context=0)
             engine = {"status": "down", "reason": error.message}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -23,14 +24,16 @@ import httpx
 
 from selfhost_cli import config
 from selfhost_cli.config import Paths
-from selfhost_cli.errors import SelfhostError
+from selfhost_cli.errors import NotSetUp, SelfhostError
 from selfhost_cli.lock import ProcessLock
-from selfhost_cli.sandbox import assets
+from selfhost_cli.sandbox import assets, registry
 from selfhost_cli.sandbox.assets import Assets
 from selfhost_cli.wait import Pending, until
 
 PROFILE = "demo"
+ENGINES = ("llamacpp", "ollama")
 MODEL = "qwen2.5-coder-0.5b"
+OLLAMA_MODEL = "qwen2.5-coder:0.5b"
 CONTEXT = 32_768
 SYSTEM_PROMPT = "You are a helpful coding assistant."
 
@@ -43,6 +46,7 @@ class Market:
 
     url: str
     mirror: str
+    registry: str
     api_key: str
     control_token: str
     pid: int
@@ -86,6 +90,29 @@ class Market:
         return {"Authorization": f"Bearer {self.control_token}"}
 
 
+@dataclass(frozen=True)
+class Ollama:
+    """What boxes get: the `archive`, for install.sh to unpack; None: their image brings `program`."""
+
+    program: Path
+    archive: Path | None
+
+    def version(self) -> str:
+        """Of the program; a server that runs somewhere is not asked."""
+        done = subprocess.run(
+            [self.program, "--version"],
+            env={"HOME": "/nonexistent", "OLLAMA_HOST": "127.0.0.1:9"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        found = re.search(r"version is (\d[\w.]*)", done.stdout + done.stderr)
+        if not found:
+            raise NotSetUp(f"{self.program} does not say its version", "Repair that Ollama, or run scripts/ollama.")
+        return found[1]
+
+
 def paths() -> Paths:
     return config.paths(PROFILE, os.environ)
 
@@ -97,6 +124,25 @@ def prepare(where: Paths, say: Say) -> Assets:
     where.make()
     end_leftovers(where)
     return sandbox_assets
+
+
+def prepare_ollama(where: Paths, made: Assets) -> Ollama:
+    """An Ollama for the boxes, built by scripts/ollama or installed here, and the model in the registry's form."""
+    ollama = find_ollama(where.cache)
+    registry.prepare(where.cache, ollama.program, made.model, OLLAMA_MODEL)
+    return ollama
+
+
+def find_ollama(cache: Path) -> Ollama:
+    """What scripts/ollama built, else the one on PATH. Raises NotSetUp."""
+    if built := assets.built_ollama(cache):
+        return Ollama(built / "bin" / "ollama", built / assets.OLLAMA_ARCHIVE)
+    if found := shutil.which("ollama"):
+        return Ollama(Path(found), None)
+    raise NotSetUp(
+        "there is no Ollama on this machine to put on a box of the sandbox",
+        "Build it once with `scripts/ollama` of the checkout (about 8 minutes), install Ollama, or leave out --engine.",
+    )
 
 
 def end_leftovers(where: Paths) -> None:
@@ -123,19 +169,23 @@ def find_market(where: Paths) -> Market | None:
     """The market of an earlier or `--keep` demo, None when none answers."""
     try:
         text = json.loads((where.state / "market" / "market.json").read_text())
-        market = Market(text["url"], text["mirror"], text["api_key"], text["control_token"], text["pid"])
+        market = Market(
+            text["url"], text["mirror"], text["registry"], text["api_key"], text["control_token"], text["pid"]
+        )
     except (OSError, ValueError, KeyError):
         return None
     return market if market.alive() else None
 
 
-def start_market(where: Paths, *, keep: bool) -> Market:
+def start_market(where: Paths, *, keep: bool, ollama: Ollama | None = None) -> Market:
     """Start one and wait until it answers. Without `keep` it dies with this process, and its boxes with it."""
     state = where.state / "market"
     state.mkdir(mode=0o700, exist_ok=True)
+    brought = ["--ollama", str(ollama.program)] if ollama and not ollama.archive else []
     with open(state / "market.log", "ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "selfhost_cli.sandbox.market", "--state", str(state), "--cache", str(where.cache)]
+            + brought
             + ([] if keep else ["--die-with", str(os.getpid())]),
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -154,22 +204,19 @@ def start_market(where: Paths, *, keep: bool) -> Market:
     return until(look, what="the sandbox market", seconds=30, every=0.05)
 
 
-def write_config(where: Paths, market: Market, made: Assets) -> None:
-    """The demo profile's settings: only data differ from a live rental."""
+def write_config(where: Paths, market: Market, made: Assets, ollama: Ollama | None = None) -> None:
+    """The demo profile's settings: only data differ from a live rental. Without `ollama` the engine is llamacpp."""
+    engine = _ollama_settings(market, ollama) if ollama else _llamacpp_settings(market, made)
     settings: dict[str, str | int | float] = {
         "market_url": market.url,
         "api_key": market.api_key,
         "poll": 0.3,
         "listing_lag": 2.0,
-        "engine": "llamacpp",
-        "model": MODEL,
-        "model_url": f"{market.mirror}/models/{made.model.name}",
-        "model_sha256": assets.default_sources().model.sha256,
+        **engine,
         "model_bytes": made.model.stat().st_size,
         "context": CONTEXT,
         "pip_args": f"--no-index --find-links {market.mirror}/wheels/{made.wheels.name}/",
         "proxy_requirements": assets.BOX_REQUIREMENTS["proxy"],
-        "engine_requirements": assets.BOX_REQUIREMENTS["engine"],
         "disk": 30.0,
         "hours": 2.0,
         "max_spend": 1.0,
@@ -181,6 +228,24 @@ def write_config(where: Paths, market: Market, made: Assets) -> None:
     with os.fdopen(os.open(where.config_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
     (where.state / "home").mkdir(mode=0o700, exist_ok=True)
+
+
+def _llamacpp_settings(market: Market, made: Assets) -> dict[str, str]:
+    return {
+        "engine": "llamacpp",
+        "model": MODEL,
+        "model_url": f"{market.mirror}/models/{made.model.name}",
+        "model_sha256": assets.default_sources().model.sha256,
+        "engine_requirements": assets.BOX_REQUIREMENTS["engine"],
+    }
+
+
+def _ollama_settings(market: Market, ollama: Ollama) -> dict[str, str]:
+    settings = {"engine": "ollama", "model": OLLAMA_MODEL, "registry": market.registry}
+    settings["ollama_version"] = ollama.version()
+    if archive := ollama.archive:
+        settings["ollama_url"] = f"{market.mirror}/ollama/{archive.parent.name}/{archive.name}"
+    return settings
 
 
 def clean_environment(env: Mapping[str, str]) -> dict[str, str]:

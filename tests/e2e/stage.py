@@ -23,11 +23,15 @@ DEADLINE_S = 100.0
 
 @dataclass
 class Stage:
-    """One profile on one market. `ask` runs `selfhost …`; `close` asserts that nothing is billed and nothing runs."""
+    """One profile on one market. `ask` runs `selfhost …`; `close` asserts that nothing is billed and nothing runs.
+
+    `ollama`: with the real one as engine, which has to be built.
+    """
 
     home: Path
     cache: Path
     settings: dict[str, str] = field(default_factory=dict)
+    ollama: bool = False
     market: Market = field(init=False)
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
@@ -35,9 +39,11 @@ class Stage:
         (self.home / "cache").symlink_to(self.cache)
         where = self.paths
         where.make()
-        self.market = demo.start_market(where, keep=False)
+        made = assets.ensure(where.cache, lambda line: None)
+        ollama = demo.prepare_ollama(where, made) if self.ollama else None
+        self.market = demo.start_market(where, keep=False, ollama=ollama)
         self.control("settings", stages={"null": 0.05, "created": 0.05, "loading": 0.05})
-        demo.write_config(where, self.market, assets.ensure(where.cache, lambda line: None))
+        demo.write_config(where, self.market, made, ollama)
 
     @property
     def paths(self) -> Paths:

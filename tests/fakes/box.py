@@ -22,11 +22,13 @@ class FakeBox:
     """What every box of a test answers. `refusals` connections are refused before the first one works."""
 
     armed: str = "ok"
+    archive: str = ""
     install_code: int = 0
     refusals: int = 0
     chatter: int = 0
     connections: list[Endpoint] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    uploads: list[bytes] = field(default_factory=list)
     before: Callable[[str], None] = lambda verb: None
 
     def connect(self, endpoint: Endpoint, host_key: str, login_key: Path) -> Remote:
@@ -50,6 +52,8 @@ class _Connection:
         self._box.before("run")
         if command == install.ARMED:
             return Result(0, self._box.armed + "\n", "")
+        if command == install.ARCHIVE:
+            return Result(0, f"{self._box.archive}\n", "")
         if command == install.PROXY_PORT:
             return Result(0, "8000\n", "")
         if command.startswith(install.INSTALL):
@@ -64,6 +68,7 @@ class _Connection:
 
     def put(self, data: bytes, path: str, *, mode: int = 0o600) -> None:
         self._box.before("put")
+        self._box.uploads.append(data)
 
     def close(self) -> None:
         self._open = False
@@ -90,13 +95,13 @@ class FakeKeeper:
 
 
 @contextmanager
-def serving(model: str, context: int) -> Iterator[Front]:
-    """A front with a healthy box behind it that generates one token."""
+def serving(model: str, context: int, engine: str = "llamacpp", **facts: object) -> Iterator[Front]:
+    """A front with a healthy box behind it that generates one token; `facts` are what its engine says of itself."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            parts = {"proxy": {"status": "healthy"}, "llamacpp": {"status": "healthy"}}
-            box = {"status": "healthy", "version": "1", "engine": "llamacpp", "model": model, "context": context}
+            parts = {"proxy": {"status": "healthy"}, engine: {"status": "healthy", **facts}}
+            box = {"status": "healthy", "version": "1", "engine": engine, "model": model, "context": context}
             self._reply({"status": "healthy", "keeper": {}, "box": {**box, "components": parts}})
 
         def do_POST(self) -> None:

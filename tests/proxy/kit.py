@@ -17,6 +17,7 @@ from aiohttp import web
 
 from selfhost_cli.proxy import sse
 from selfhost_cli.proxy.engines.anthropic import AnthropicEngine
+from selfhost_cli.proxy.engines.ollama import OllamaEngine
 from selfhost_cli.proxy.rundir import RunDir
 from selfhost_cli.proxy.server import Settings, build_server
 from selfhost_cli.proxy.web import runner
@@ -156,6 +157,35 @@ class LlamaStub:
         return response
 
 
+@dataclass
+class OllamaStub(LlamaStub):
+    """Ollama 0.34.0's own API beside its Anthropic endpoint; `loaded` is what /api/ps lists, "" for nothing."""
+
+    loaded: str = "tiny:latest"
+    capabilities: list[str] = field(default_factory=lambda: ["completion", "tools"])
+    shown: int = 0
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_get("/api/version", self._version)
+        app.router.add_get("/api/ps", self._ps)
+        app.router.add_post("/api/show", self._show)
+        app.router.add_post("/v1/messages", self._messages)
+        return app
+
+    async def _version(self, http: web.Request) -> web.Response:
+        return web.json_response({"version": "0.34.0"})
+
+    async def _ps(self, http: web.Request) -> web.Response:
+        model = {"name": self.loaded, "digest": "abc", "size": 1000, "size_vram": 900, "context_length": self.n_ctx}
+        return web.json_response({"models": [model] if self.loaded else []})
+
+    async def _show(self, http: web.Request) -> web.Response:
+        self.shown += 1
+        details = {"parameter_size": "494.03M", "quantization_level": "Q4_K_M"}
+        return web.json_response({"details": details, "capabilities": self.capabilities})
+
+
 # --- the proxy before it ---
 
 
@@ -191,7 +221,8 @@ def as_body(body: Any) -> bytes:
 async def proxied(stub: LlamaStub | None, run: Path, **settings: Any) -> AsyncIterator[Proxy]:
     """A proxy in front of that stub; with None the engine is not up."""
     quick = replace(Settings(TOKEN, "tiny", "0.0"), touch_every=0.01, ready_every=0.01)
-    engine = AnthropicEngine("llamacpp", "tiny", RunDir(run).engine_url)
+    kind, name = (OllamaEngine, "ollama") if isinstance(stub, OllamaStub) else (AnthropicEngine, "llamacpp")
+    engine = kind(name, "tiny", RunDir(run).engine_url)
     app = build_server(replace(quick, **settings), engine, RunDir(run))
     async with serving(app) as url, aiohttp.ClientSession() as session:
         if stub is None:
@@ -199,8 +230,9 @@ async def proxied(stub: LlamaStub | None, run: Path, **settings: Any) -> AsyncIt
             return
         async with serving(stub.application()) as upstream:
             (run / "engine.port").write_text(upstream.rpartition(":")[2])
-            # else a test may end while the proxy still connects, and leave a transport behind
-            await eventually((run / "ready").exists)
+            if not isinstance(stub, OllamaStub) or stub.loaded == "tiny:latest":
+                # else a test may end while the proxy still connects, and leave a transport behind
+                await eventually((run / "ready").exists)
             yield Proxy(url, run, session)
 
 

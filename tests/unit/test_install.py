@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from selfhost_cli import install, payload
+from selfhost_cli.archive import Archive
 from selfhost_cli.errors import SelfhostError
 from selfhost_cli.install import InstallSpec
 from selfhost_cli.model import Event
@@ -123,10 +124,32 @@ def test_a_home_that_cannot_be_written_is_an_error(box: Box, remote: RemoteFake)
 def test_the_files_of_a_spec_are_the_shipped_ones() -> None:
     files = install.files(SPEC)
     assert set(files) == {
-        "bin/install.sh", "bin/start.sh", "bin/stop.sh", "bin/llamacpp.py", "bin/proxy.zip", "run/install.env",
+        "bin/install.sh", "bin/start.sh", "bin/stop.sh", "bin/llamacpp.py", "bin/ollama.py",
+        "bin/proxy.zip", "run/install.env",
     }  # fmt: skip
     assert files["bin/install.sh"] == (payload.script("install.sh"), 0o700)
     assert files["run/install.env"][1] == 0o600
+
+
+def test_what_the_archive_was_is_told_once_it_is_known() -> None:
+    seen = Archive(1900, "ab" * 32, "0.34.0", "https://example.invalid/ollama.tar.zst")
+    spec = dataclasses.replace(SPEC, engine="ollama", ollama_url=seen.url, ollama_version="0.34.0")
+    assert b"SELFHOST_OLLAMA_SHA256=''\n" in install.env_file(spec)
+    told = install.env_file(dataclasses.replace(spec, archive=seen))
+    assert f"SELFHOST_OLLAMA_SHA256='{seen.sha256}'\n".encode() in told
+    assert b"SELFHOST_OLLAMA_BYTES='1900'\n" in told
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "1900 not-a-checksum 0.34.0 https://example.invalid/ollama.tar.zst"])
+def test_what_a_box_says_of_its_archive_is_kept_only_when_it_makes_sense(
+    box: Box, remote: RemoteFake, wanted: dict[str, tuple[bytes, int]], text: str
+) -> None:
+    (box.run).mkdir(parents=True)
+    (box.run / "archive").write_text(text + "\n")
+    assert install.bring(remote, wanted, lambda event: None).archive is None
+    seen = Archive(1900, "ab" * 32, "0.34.0", "https://example.invalid/ollama.tar.zst")
+    (box.run / "archive").write_text(f"{seen}\n")
+    assert install.bring(remote, wanted, lambda event: None).archive == seen
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from selfhost_cli import config, lifecycle
+from selfhost_cli.archive import Archive
 from selfhost_cli.attach import Front
 from selfhost_cli.config import Source
 from selfhost_cli.errors import (
@@ -87,6 +88,7 @@ def stage(tmp_path: Path, front: Front) -> Iterator[Stage]:
     world = World(
         settings=settings, provider=market, ledger=ledger, report=events.append, clock=clock, keeper=keeper,
         connect=box.connect, make_key=make_key, find_claude=lambda: Path("/bin/claude"),
+        find_model=lambda: 700_000_000,
     )  # fmt: skip
     yield Stage(world, market, box, keeper, clock, events)
     ledger.close()
@@ -389,7 +391,6 @@ def test_settle_records_an_end_only_when_the_list_proves_it(stage: Stage) -> Non
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"engine": "ollama"}, NotSetUp, "ollama"),
         ({"engine": "magic"}, UsageError, "magic"),
         ({"market_url": "https://console.vast.ai"}, UsageError, "CPU"),
     ],
@@ -401,6 +402,62 @@ def test_what_cannot_work_is_refused_before_money_is_spent(
     with pytest.raises(error, match=match):
         lifecycle.up(world, lambda plan: True)
     assert stage.market.creates == 0
+
+
+def with_ollama(stage: Stage, find_model: Callable[[], int | None] = lambda: 700_000_000) -> World:
+    """The same world, with the engine of GPU boxes on the live market."""
+    live = replace(stage.world.settings, engine="ollama", market_url="https://console.vast.ai", disk=None)
+    return replace(stage.world, settings=live, find_model=find_model)
+
+
+def test_a_model_that_does_not_exist_is_found_before_money_is_spent(stage: Stage) -> None:
+    def missing() -> int:
+        raise UsageError("the registry has no model 'qwen3-codr'")
+
+    with pytest.raises(UsageError, match="qwen3-codr"):
+        lifecycle.up(with_ollama(stage, missing), lambda plan: True)
+    assert stage.market.creates == 0
+
+
+def test_the_disk_follows_the_size_of_the_model(stage: Stage) -> None:
+    plans: list[Plan] = []
+
+    def decline(plan: Plan) -> bool:
+        plans.append(plan)
+        return False
+
+    for size in (lambda: 30_000_000_000, lambda: 700_000_000, lambda: None):
+        with pytest.raises(SelfhostError, match="nothing was rented"):
+            lifecycle.up(with_ollama(stage, size), decline)
+    assert [plan.disk_gb for plan in plans] == [78.0, 19.0, 19.0]
+    assert "cannot be asked" in stage.events[-1].text
+
+
+def test_a_disk_that_cannot_hold_the_model_is_refused_before_money_is_spent(stage: Stage) -> None:
+    world = with_ollama(stage, lambda: 19_000_000_000)
+    with pytest.raises(UsageError, match=r"20 GB of disk are too few for .* \(19.0 GB\)") as caught:
+        lifecycle.up(replace(world, settings=replace(world.settings, disk=20.0)), lambda plan: True)
+    assert "25 GB at least" in caught.value.remedy
+    assert stage.market.creates == 0
+
+
+def test_a_box_begins_with_the_archive_of_ollama(stage: Stage) -> None:
+    lifecycle.up(with_ollama(stage), lambda plan: True)
+    ((_, spec),) = stage.market.specs.items()
+    assert spec.env["SELFHOST_FETCH_URL"].endswith("/ollama-linux-amd64.tar.zst?version=0.34.0")
+
+
+def test_the_first_archive_is_remembered_and_the_next_box_gets_nothing_else(stage: Stage) -> None:
+    world = with_ollama(stage)
+    seen = Archive(1900, "ab" * 32, "0.34.0", world.settings.archive_url())
+    for found in (seen, replace(seen, sha256="cd" * 32)):
+        stage.box.archive = str(found)
+        stage.box.uploads.clear()
+        lifecycle.up(world, lambda plan: True)
+        told = b"".join(stage.box.uploads)
+        assert (seen.sha256.encode() in told) == (found is not seen)
+        lifecycle.down(world)
+    assert world.settings.paths.archives.read_text() == f"{seen}\n"
 
 
 def test_an_empty_account_rents_nothing(stage: Stage) -> None:
@@ -525,7 +582,7 @@ def test_an_install_that_talks_for_ever_is_ended_at_its_deadline(stage: Stage) -
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("model", "other"), ("gpu", "RTX 5090"), ("max_spend", 0.5), ("hours", 1.0)]
+    ("name", "value"), [("model", "other"), ("gpu", "RTX 5090"), ("max_spend", 0.5), ("context", 4096), ("hours", 1.0)]
 )
 def test_an_option_that_the_box_at_hand_cannot_fulfil_is_an_error(stage: Stage, name: str, value: object) -> None:
     stage.up()

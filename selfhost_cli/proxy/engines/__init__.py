@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from selfhost_cli.proxy.contract import Request
+from selfhost_cli.proxy.contract import Json, Request
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
@@ -59,10 +59,11 @@ AnswerEvent = Prompt | Text | Thinking | ToolCall | ToolInput | Done
 
 @dataclass(frozen=True)
 class Health:
-    """`slots`: how many answers it can generate at once."""
+    """`slots`: how many answers it can generate at once. `facts`: what else it says of itself, for `/health`."""
 
     context: int
     slots: int = 1
+    facts: Json = field(default_factory=dict)
 
 
 class Engine(Protocol):

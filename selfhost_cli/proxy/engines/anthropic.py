@@ -1,4 +1,4 @@
-"""Engines that speak Anthropic's dialect themselves: llama.cpp's server, with what it gets wrong put right."""
+"""Engines that speak Anthropic's dialect themselves, with what they get wrong put right: llama.cpp's server, Ollama."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class AnthropicEngine:
 
     async def health(self) -> Health:
         base = self._base_url()
-        props = await self._get(base, "/props")
+        props = await self._ask(base, "/props")
         try:
             context = int(props["default_generation_settings"]["n_ctx"])
             health = Health(context, int(props.get("total_slots") or 1))
@@ -91,9 +91,11 @@ class AnthropicEngine:
     async def close(self) -> None:
         await self._session.close()
 
-    async def _get(self, base: str, path: str) -> Json:
+    async def _ask(self, base: str, path: str, body: Json | None = None) -> Json:
+        """GET, or POST when there is a body."""
         try:
-            async with self._session.get(base + path, timeout=QUICK) as response:
+            method = "GET" if body is None else "POST"
+            async with self._session.request(method, base + path, json=body, timeout=QUICK) as response:
                 if response.status != 200:
                     raise await _refusal(response)
                 data = await response.json()
@@ -173,6 +175,8 @@ async def _answer(events: AsyncIterator[sse.Event]) -> AsyncIterator[AnswerEvent
                 yield Thinking(text)
             case {"type": "message_delta"}:
                 delta = data
+                if "input_tokens" in (usage := data.get("usage") or {}):
+                    yield _prompt(usage)  # Ollama counts now; what it said at the start was an estimate
             case {"type": "message_stop"}:
                 yield _done(delta)
                 return
