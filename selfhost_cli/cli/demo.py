@@ -63,7 +63,7 @@ def _ask_claude(task: sandbox.Task) -> None:
     _say(answer.rstrip())
     if code:
         raise SelfhostError(f"claude ended with exit code {code}", "Its own message stands above.")
-    if task.word not in answer:
+    if not task.solved_by(answer):
         raise SelfhostError(
             f"Claude answered, but without the word {task.word!r} that the file holds",
             "The demo's model is tiny (0.5 B) and fails now and then: run `selfhost demo` again.",

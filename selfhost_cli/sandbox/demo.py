@@ -272,6 +272,9 @@ class Task:
             *("--tools", "Read", "--allowedTools", "Read", "--system-prompt", SYSTEM_PROMPT),
         ]
 
+    def solved_by(self, answer: str) -> bool:
+        return self.word in answer.lower()  # it likes to begin with a capital
+
 
 def make_task(where: Paths) -> Task:
     folder = where.state / "task"

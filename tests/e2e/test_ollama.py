@@ -142,7 +142,7 @@ def test_claude_answers(box: Stage) -> None:
 
 def test_claude_calls_a_tool(box: Stage) -> None:
     task = demo.make_task(box.paths)
-    assert task.word in box.ask(*task.arguments, cwd=task.folder).out
+    assert task.solved_by(box.ask(*task.arguments, cwd=task.folder).out)
 
 
 def test_status_tells_engine_model_and_context(box: Stage) -> None:

@@ -403,5 +403,5 @@ def test_the_request_log_keeps_no_private_key(clean: MarketProcess) -> None:
 def test_market_json_is_for_its_owner_only(clean: MarketProcess) -> None:
     announced = clean.state / "market.json"
     assert announced.stat().st_mode & 0o777 == 0o600
-    assert clean.facts.keys() == {"url", "pid", "control_token", "mirror", "api_key"}
+    assert clean.facts.keys() == {"url", "pid", "control_token", "mirror", "registry", "api_key"}
     assert clean.facts["pid"] == clean.process.pid
