@@ -16,6 +16,7 @@ from typing import Any
 from selfhost_cli.errors import UsageError
 
 LIVE_MARKET = "https://console.vast.ai"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 IMAGE = "vastai/base-image:cuda-12.8.1-cudnn-devel-ubuntu24.04-py312"
 """The container image: Ubuntu 24.04 with curl, zstd and Python 3.12; the market's ssh run type adds sshd.
 
@@ -150,7 +151,7 @@ class Settings:
         """The market is a simulated one on this machine, and so are the GPUs it rents out."""
         from urllib.parse import urlsplit
 
-        return urlsplit(self.market_url).hostname in ("127.0.0.1", "localhost", "::1")
+        return urlsplit(self.market_url).hostname in LOOPBACK
 
     def disk_gb(self, model_bytes: float) -> float:
         """GB to rent: the model twice over (another may be tried), image and engine, at least the market's minimum."""
@@ -327,11 +328,17 @@ def _text(name: str, value: str) -> str:
     value = value.strip()
     if name == "api_key" and not (value.isascii() and value.isprintable()):
         raise ValueError("expected printable ASCII characters")
+    if name == "model":
+        # The parts of a name that are Ollama's defaults: it lists the model without them.
+        return value.removeprefix("registry.ollama.ai/").removeprefix("library/")
     if name in URLS and value != DEFAULTS[name]:
         from urllib.parse import urlsplit
 
-        if urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).hostname:
+        url = urlsplit(value)
+        if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError(f"expected a URL such as {LIVE_MARKET}")
+        if name == "registry" and url.scheme == "http" and url.hostname not in LOOPBACK:
+            raise ValueError("expected https, or http on loopback")
     return value
 
 

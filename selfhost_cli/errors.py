@@ -5,6 +5,7 @@
     ├── NotSetUp             3  key, ssh, claude or box missing; nothing can be billed
     ├── NothingToRent        4  no offer within the limits
     ├── MayBeBilling         5  something may still cost money: always the headline
+    ├── NotServable          1  what was asked for, which no other machine could serve either
     ├── Superseded           1  another command (usually `down`) took the rental over
     └── MarketError          1  the market said no
         ├── MarketUnreachable   no answer, or one that makes no sense
@@ -46,6 +47,10 @@ class NothingToRent(SelfhostError):
 
 class MayBeBilling(SelfhostError):
     exit_code = 5
+
+
+class NotServable(SelfhostError):
+    """The model cannot be had, or not as it was asked for; the machine had no part in that."""
 
 
 class Superseded(SelfhostError):

@@ -14,10 +14,11 @@ from selfhost_cli.model import Event, Probe
 
 TOKEN_S = 120.0
 LOOK_S = 20.0
-LEAST_ON_GPU = 0.9
-"""Of the model's bytes. Its embedding table may stay with the CPU at no cost; spilled layers cost most of the speed.
+LEAST_ON_GPU = 0.99
+"""Of the model's bytes: a layer on the CPU costs most of the speed.
 
-Our choice: what Ollama reports on a GPU was never seen by this project."""
+Ollama reports exactly all of them when every layer is on the GPU (`MemorySize` in llm/llama_server.go of 0.34.0; read,
+not seen: no GPU was at hand)."""
 AGAIN = "Run `selfhost up` to try again, or `selfhost down` to end the bill."
 REMEDIES = {
     "tunnel": "`selfhost status` tells how the tunnel is; it comes back by itself. `selfhost down` ends the bill.",

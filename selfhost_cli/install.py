@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from selfhost_cli import archive, payload
 from selfhost_cli.archive import Archive
-from selfhost_cli.errors import SelfhostError
+from selfhost_cli.errors import NotServable, SelfhostError
 from selfhost_cli.model import Event
 from selfhost_cli.remote import Remote, Result
 
@@ -73,8 +73,8 @@ class Installed:
 def apply(remote: Remote, spec: InstallSpec, report: Callable[[Event], None]) -> Installed:
     """Bring the box to `spec`; doing it again changes nothing.
 
-    Raises SelfhostError with what the failing step said, and ConnectionLost when the connection broke (the box goes on
-    by itself, so that a later `apply` finds the work done).
+    Raises SelfhostError with what the failing step said (NotServable: no other box could either), and ConnectionLost
+    when the connection broke (the box goes on by itself, so that a later `apply` finds the work done).
     """
     return bring(remote, files(spec), report)
 
@@ -126,6 +126,8 @@ def parse(line: str) -> Event | None:
     match status:
         case "start" | "progress" | "done" | "skip" | "fail":
             return Event(stage, status, text, _number(done), _number(total))
+        case "refuse":
+            return Event(stage, "fail", text)
     return None
 
 
@@ -155,13 +157,16 @@ def _upload(remote: Remote, wanted: dict[str, tuple[bytes, int]], report: Callab
 
 def _run_install(remote: Remote, report: Callable[[Event], None]) -> None:
     failed: deque[Event] = deque(maxlen=1)
+    kind = SelfhostError
 
     def on_line(line: str) -> None:
+        nonlocal kind
         event = parse(line)
         if event is None:
             return
         if event.status == "fail":
             failed.append(event)
+            kind = NotServable if line.split("\t")[2] == "refuse" else SelfhostError
         report(event)
 
     result = remote.run(INSTALL, timeout=SILENCE_S, on_line=on_line)
@@ -171,7 +176,7 @@ def _run_install(remote: Remote, report: Callable[[Event], None]) -> None:
         message = f"installing on the box failed at the step {failed[0].stage}: {failed[0].text}"
     else:
         message = f"installing on the box failed with status {result.code}"
-    raise SelfhostError(f"{message}\n{_tail(result)}".rstrip(), _AGAIN)
+    raise kind(f"{message}\n{_tail(result)}".rstrip(), _AGAIN)
 
 
 def _proxy_port(remote: Remote) -> int:

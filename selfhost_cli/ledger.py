@@ -141,13 +141,13 @@ class Ledger:
         """Record facts without moving on; the same rule as `advance`."""
         return self.advance(rental, rental.state, **changes)
 
-    def end(self, label: str, reason: str) -> Rental:
+    def end(self, label: str, reason: str, *, blameless: bool = False) -> Rental:
         """Record that a rental is to end, from whatever state it is in. The first reason stays."""
         with self._transaction() as db:
             current = self._current(db, label)
             if current.state in (State.ENDING, State.ENDED):
                 return current
-            return self._write(db, replace(current, state=State.ENDING, reason=reason))
+            return self._write(db, replace(current, state=State.ENDING, reason=reason, blameless=blameless))
 
     def ended(self, label: str, at: float) -> Rental:
         """Record that it is proven gone."""

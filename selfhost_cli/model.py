@@ -181,6 +181,8 @@ class Rental:
     ready_at: float | None = None
     ended_at: float | None = None
     reason: str = ""
+    blameless: bool = False
+    """The machine had no part in its end."""
 
     def __str__(self) -> str:
         box = f"box {self.instance_id}" if self.instance_id else f"box labelled {self.label}"

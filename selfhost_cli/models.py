@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from selfhost_cli.config import LOOPBACK
 from selfhost_cli.errors import UsageError
 
 REGISTRY = "https://registry.ollama.ai"
@@ -36,13 +37,15 @@ def size(model: str, registry: str = "") -> int | None:
 
     Raises UsageError when the registry has no such model.
     """
+    if model.endswith(("-cloud", ":cloud")):
+        raise UsageError(f"{model} runs on Ollama's own machines, not on a box", "Choose a tag without cloud.")
     url = manifest_url(model, registry)
-    here = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    here = urlsplit(url).hostname in LOOPBACK
     try:
         answer = httpx.get(url, headers={"Accept": MANIFEST}, timeout=LOOK_S, follow_redirects=True, trust_env=not here)
-        if answer.status_code == 404:
+        if answer.status_code in (401, 403, 404):
             raise UsageError(
-                f"{urlsplit(url).hostname} has no model {model!r}",
+                f"{urlsplit(url).hostname} has no model {model!r} for everybody",
                 "Look for its exact tag at https://ollama.com/search.",
             )
         manifest = answer.raise_for_status().json()

@@ -2,6 +2,7 @@
 # Installs engine, model and proxy of selfhost under ~/.selfhost, and starts them. See usage() below.
 #
 # Progress goes to stdout, one line each: @selfhost<TAB>step<TAB>status<TAB>done<TAB>total<TAB>text
+# (status: start progress done skip fail, or refuse for what would fail on every other box, too)
 # (a person's terminal gets plain lines); everything else goes to ~/.selfhost/log/install.log.
 # A step is skipped when its inputs are those of its last success (steps/NAME) and its result is verified to be there.
 
@@ -307,6 +308,7 @@ pull() {
   tell
   exec 5<&-
   cat tmp/why
+  [ "$code" != 3 ] || refuse "$(tail -n 1 tmp/why)"
   [ "$code" = 0 ] || fail "$(tail -n 1 tmp/why)"
   DONE="$(mb "${whole:-0}") MB in $(($(date +%s) - began)) s"
 }
@@ -345,7 +347,8 @@ fetch() {
   say progress "$size" "$size" "checking $1"
   if ! promised "$file.part" "$3" "$4"; then
     rm -f "$file.part"
-    fail "$1 is not the promised file: $differs; it was deleted${hint-}"
+    [ -z "${hint-}" ] || refuse "$1 is not the promised file: $differs; it was deleted$hint"
+    fail "$1 is not the promised file: $differs; it was deleted"
   fi
   mv "$file.part" "$file"
   exec 8>&-
@@ -354,7 +357,7 @@ fetch() {
 
 # download URL FILE BYTES NAME: goes on where FILE ends, over cuts and stalls; gives up after 5 tries without a gain.
 download() {
-  tries=0
+  tries=0 best=0 gained=$(date +%s)
   while :; do
     have=$(size_of "$2")
     [ "$have" = "$3" ] && return
@@ -378,11 +381,21 @@ download() {
       23-*) fail "$4 cannot be written: is the disk full? $(free_mb) MB are free" ;;
     esac
     tries=$((tries + 1))
-    [ "$(size_of "$2")" -gt "$have" ] && tries=0
-    [ "$tries" -lt 5 ] || fail "the download of $4 makes no progress at $(mb "$have") MB: $(curl_status "$code")"
+    # More than ever: after a new beginning, what comes again is no gain.
+    [ "$(size_of "$2")" -le "$best" ] || { best=$(size_of "$2") tries=0 gained=$(date +%s); }
+    [ "$tries" -lt 5 ] || patient || fail "the download of $4 makes no progress at $(mb "$best") MB: $(curl_status "$code")"
     say progress "$(size_of "$2")" "$3" "$4: interrupted ($(curl_status "$code")), going on"
     sleep "$tries"
   done
+}
+
+# A server that is busy for a minute is no reason to lose a box that is paid for; one that says no will say it again.
+patient() {
+  case $code-$(cat tmp/status) in
+    22-408 | 22-425 | 22-429) ;;
+    22-4*) return 1 ;;
+  esac
+  [ $(($(date +%s) - gained)) -lt "${SELFHOST_PATIENCE_S:-180}" ]
 }
 
 # watch_file FILE TOTAL NAME: reports its growth about once a second while $job runs, and ends a job that has stalled.
@@ -680,9 +693,15 @@ note() {
   say progress '' '' "$1"
 }
 
+# refuse TEXT: what is asked for cannot be had, on no other box either.
+refuse() {
+  verdict=refuse
+  fail "$@"
+}
+
 # fail TEXT [LOG…]: the caller also gets the end of the log that tells why.
 fail() {
-  say fail '' '' "$1"
+  say "${verdict-fail}" '' '' "$1"
   text=$1
   shift
   [ $# -gt 0 ] || set -- log/install.log

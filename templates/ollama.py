@@ -4,13 +4,14 @@ serve   runs engine/bin/ollama on a free port of 127.0.0.1, writes run/engine.po
         as soon as it is there, again whenever it is gone. Why it cannot be loaded is in run/engine.problem.
         Ends with the server's status; SIGTERM ends both.
 pull    brings the model through that server: lines `DONE TOTAL TEXT` (bytes) on stdout. Exit 1: the reason is the last
-        line on stderr.
+        line on stderr. Exit 3: no other machine could do it either.
 have    exit 0 when manifest and blobs of the model are on the disk, whole. No server is asked.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -39,12 +40,21 @@ LOOK_S = 1.0
 ASK_S = 15.0
 LOAD_S = VERIFY_S = 3600.0
 TRIES = 5
+REFUSED = 3
+PATIENCE_S = float(os.environ.get("SELFHOST_PATIENCE_S") or 180)
+"""A registry that is busy for a minute is no reason to lose a box that is paid for."""
+UNANSWERED = 4
+"""So many asks in a row, each with its own time limit: then the server hangs."""
 MB = 1_000_000
 RESERVE = 200 * MB
 
 
 class Failure(Exception):
-    """Ollama or the registry said no, or what is asked for is impossible. The text is for the user."""
+    """Ollama or the registry said no. The text is for the user."""
+
+
+class Refusal(Failure):
+    """What is asked for is impossible, and would be on every other machine, too."""
 
 
 def main() -> None:
@@ -57,7 +67,8 @@ def main() -> None:
             sys.exit(not model.present())
         pull(model, args.context, args.free_mb, args.stall)
     except Failure as failure:
-        sys.exit(str(failure))
+        print(failure, file=sys.stderr)
+        sys.exit(REFUSED if isinstance(failure, Refusal) else 1)
 
 
 def arguments() -> argparse.Namespace:
@@ -96,22 +107,22 @@ class Model:
         parts = [*(front.split("/") if front else ["library"]), name, tag or "latest"]
         host = parts.pop(0) if len(parts) == 4 else ""
         if len(parts) != 3 or not all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts):
-            raise Failure(f"{text!r} is no name of a model for Ollama")
+            raise Refusal(f"{text!r} is no name of a model for Ollama")
         if not re.fullmatch(r"(\w[\w.:-]*)?", host, re.ASCII):
-            raise Failure(f"{text!r} is no name of a model for Ollama")
+            raise Refusal(f"{text!r} is no name of a model for Ollama")
         space, name, tag = parts
         short = f"{name}:{tag}"
         if host or space != "library":
             short = "/".join(filter(None, (host, space, short)))
         base = f"https://{host}" if host else (registry or REGISTRY).rstrip("/")
         if base.startswith("http://") and not loopback(base):
-            raise Failure(f"the registry {base} is refused: without https it may only be on loopback")
+            raise Refusal(f"the registry {base} is refused: without https it may only be on loopback")
         source = short if base in (f"https://{host}", REGISTRY) else f"{base}/{space}/{name}:{tag}"
         manifest = MODELS / "manifests" / (host or urllib.parse.urlsplit(REGISTRY).netloc) / space / name / tag
         return cls(short, source.removeprefix("https://"), manifest, f"{base}/v2/{space}/{name}/manifests/{tag}")
 
     def present(self) -> bool:
-        """All of it is on the disk. Ollama names a blob so only after it was verified."""
+        """All of it is on the disk, by name and size; what it holds is checked when it is pulled."""
         try:
             return all(size_of(blob(digest)) == size for digest, size in layers(self.manifest.read_bytes()).items())
         except (OSError, Failure):
@@ -153,6 +164,19 @@ def arrived(digest: str, size: int) -> int:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # it is just being written
     return done
+
+
+def blocks(digest: str) -> int:
+    """Bytes of the disk that its partial file takes."""
+    try:
+        return blob(digest).with_name(f"{blob(digest).name}-partial").stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def loopback(url: str) -> bool:
@@ -257,9 +281,9 @@ def listens(pid: int, port: int) -> bool:
 
 
 def keep_loaded(child: subprocess.Popen[bytes], port: int, model: Model, context: int) -> None:
-    """Returns when the server has ended."""
-    pause, told, asked = LOOK_S, "", 0.0
-    while child.poll() is None:
+    """Returns when the server has ended, or hangs: then it is to be ended."""
+    pause, told, asked, unanswered = LOOK_S, "", 0.0, 0
+    while child.poll() is None and unanswered < UNANSWERED:
         problem = ""
         # /api/ps goes on listing a model whose llama-server was killed: the next request would find out, slowly.
         lives = any(pid != child.pid for pid in marked())
@@ -268,11 +292,12 @@ def keep_loaded(child: subprocess.Popen[bytes], port: int, model: Model, context
             asked = time.monotonic()
             try:
                 load(port, model, context, lives)
+                unanswered = 0
             except Failure as failure:
-                problem = str(failure)
+                problem, unanswered = str(failure), 0
             except (OSError, HTTPException) as error:
                 print(f"ollama: no answer: {error}", file=sys.stderr)
-                problem = told
+                problem, asked, unanswered = told, 0.0, unanswered + 1
         if problem != told:
             print(f"ollama: {problem or 'the problem is gone'}", file=sys.stderr)
             told = problem
@@ -302,7 +327,7 @@ def load(port: int, model: Model, context: int, lives: bool) -> None:
         entry = listed(port, model)
     got = entry.get("context_length", context)
     if got < context:
-        raise Failure(
+        raise Refusal(
             f"{model.short} was loaded with {got} tokens of context instead of {context} (a num_ctx of its own?): "
             f"ask for --context {got} or less"
         )
@@ -313,7 +338,7 @@ def check_context(port: int, model: Model, context: int) -> None:
     info = call(port, "POST", "/api/show", {"model": model.short}).get("model_info") or {}
     most = info.get(f"{info.get('general.architecture')}.context_length") or context
     if most < context:
-        raise Failure(
+        raise Refusal(
             f"{model.short} takes at most {most} tokens of context, {context} were asked for: "
             f"ask for --context {most} or less"
         )
@@ -365,9 +390,12 @@ def variables(pid: str) -> list[bytes]:
 
 
 def pull(model: Model, context: int, free_mb: int | None, stall: float) -> None:
-    blobs = layers(fetch_manifest(model))
+    manifest = fetch_manifest(model)
+    blobs = layers(manifest) if manifest else {}
     missing = sum(size - arrived(digest, size) for digest, size in blobs.items())
-    if free_mb is not None and missing + RESERVE > free_mb * MB:
+    # What a killed server did not write down comes again, into the same blocks.
+    taken = sum(max(0, blocks(digest) - arrived(digest, 0)) for digest in blobs)
+    if free_mb is not None and missing + RESERVE > free_mb * MB + taken:
         raise Failure(
             f"the disk is too small for {model.short}: {missing // MB} MB are still to come and {RESERVE // MB} MB "
             f"must stay, but only {free_mb} MB are free"
@@ -380,23 +408,45 @@ def pull(model: Model, context: int, free_mb: int | None, stall: float) -> None:
     check_context(port, model, context)
 
 
-def fetch_manifest(model: Model) -> bytes:
+def fetch_manifest(model: Model) -> bytes | None:
+    """None when the registry does not say, for minutes: Ollama may have more luck."""
     handlers = [urllib.request.ProxyHandler({})] if loopback(model.url) else []
     opener = urllib.request.build_opener(*handlers)
-    accept = {"Accept": "application/vnd.docker.distribution.manifest.v2+json"}
-    for again in range(1, TRIES + 1):
+    wanted = urllib.request.Request(
+        model.url,
+        headers={"Accept": "application/vnd.docker.distribution.manifest.v2+json", "User-Agent": "selfhost"},
+    )
+    patience = Patience()
+    while True:
+        pause = 0.0
         try:
-            with opener.open(urllib.request.Request(model.url, headers=accept), timeout=20) as reply:
+            with opener.open(wanted, timeout=20) as reply:
                 return bytes(reply.read())
         except urllib.error.HTTPError as error:
             if error.code == 404:
-                raise Failure(f"the registry has no model {model.short}: {model.url} answers 404") from error
+                raise Refusal(f"the registry has no model {model.short}: {model.url} answers 404") from error
             reason = f"HTTP status {error.code}"
+            pause = min(float(told), 60) if (told := error.headers.get("Retry-After") or "").isdigit() else 0
         except (OSError, HTTPException) as error:
             reason = str(error) or type(error).__name__
         report(0, 0, f"{model.short}: no answer of the registry ({reason})")
-        time.sleep(again)
-    raise Failure(f"the registry does not say what {model.short} is made of: {reason}; asked at {model.url}")
+        if not patience.lasts():
+            return None
+        time.sleep(max(pause, patience.tries))
+
+
+class Patience:
+    """How long to go on without a gain: five tries, and minutes."""
+
+    def __init__(self) -> None:
+        self.gained()
+
+    def gained(self) -> None:
+        self.tries, self.since = 0, time.monotonic()
+
+    def lasts(self) -> bool:
+        self.tries += 1
+        return self.tries < TRIES or time.monotonic() - self.since < PATIENCE_S
 
 
 class Pull:
@@ -404,9 +454,9 @@ class Pull:
 
     def __init__(self, model: Model, blobs: dict[str, int], stall: float) -> None:
         self.model, self.blobs, self.stall = model, blobs, stall
-        self.total = sum(blobs.values())
         self.come = self.on_disk()
         self.told, self.told_at = "", 0.0
+        self.unverified: set[str] = set()
 
     def on_disk(self) -> dict[str, int]:
         return {digest: arrived(digest, size) for digest, size in self.blobs.items()}
@@ -415,26 +465,43 @@ class Pull:
     def done(self) -> int:
         return sum(self.come.values())
 
+    @property
+    def total(self) -> int:
+        return sum(self.blobs.values())
+
     def run(self) -> None:
-        """Raises Failure after 5 tries without a gain, or when there is no use in going on."""
-        tries, best = 0, self.done
-        while reason := self.attempt():
+        """Raises Failure after minutes without a gain, or when there is no use in going on."""
+        patience, best, broken = Patience(), self.done, 0
+        while reason := self.attempt() or self.damaged():
             if "no space left" in reason:
                 self.drop()
                 raise Failure(f"the disk is full, {self.model.short} does not fit; what had come of it was deleted")
-            if "digest mismatch" in reason:
+            broken += "digest mismatch" in reason
+            if broken > 1:  # once may be an accident; each time costs all of its bytes
                 raise Failure(f"a file of {self.model.short} is not what the registry promised: {reason}")
             self.say(f"{self.model.short}: interrupted ({reason}), going on")
-            time.sleep(1 + tries)
+            time.sleep(1 + patience.tries)
             # A server that was killed loses what was on its way: only what it wrote down counts.
             self.come = self.on_disk()
-            tries = 0 if self.done > best else tries + 1
-            best = max(best, self.done)
-            if tries >= TRIES:
+            if self.done > best:
+                best = self.done
+                patience.gained()
+            if not patience.lasts():
                 raise Failure(f"the pull of {self.model.short} makes no progress at {best // MB} MB: {reason}")
+
+    def damaged(self) -> str:
+        """Of what was there before an attempt: Ollama verifies only what came in the one that succeeded."""
+        for digest in sorted(self.unverified):
+            self.say(f"{self.model.short}: checking what was there")
+            if checksum(blob(digest)) != digest.removeprefix("sha256:"):
+                blob(digest).unlink()
+                return f"digest mismatch of {blob(digest).name}"
+            self.unverified.discard(digest)
+        return ""
 
     def attempt(self) -> str:
         """Why it ended before its end, "" when it did not."""
+        self.unverified |= {digest for digest in self.blobs if blob(digest).exists()}
         try:
             for event in self.events():
                 if "error" in event:
@@ -473,7 +540,10 @@ class Pull:
 
     def note(self, event: dict[str, Any]) -> None:
         digest = event.get("digest", "")
-        if digest in self.blobs:
+        if digest and digest not in self.blobs:  # the manifest could not be read
+            self.blobs[digest] = int(event.get("total") or 0)
+            self.come[digest] = 0
+        if digest:
             self.come[digest] = max(self.come[digest], min(int(event.get("completed") or 0), self.blobs[digest]))
             self.say(self.model.short)
         elif status := event.get("status"):

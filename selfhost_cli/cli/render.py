@@ -70,6 +70,7 @@ class Talk:
         self._began = time.monotonic()
         self._said = ""
         self._tenth = -1
+        self._words = self._news = ""
         self._head_start = 0
 
     def __enter__(self) -> Talk:
@@ -100,7 +101,7 @@ class Talk:
         elif self._draws:
             self._draw(event)
         elif event.total is not None and event.done is not None:
-            self._say_tenth(event.stage, event.done, event.total)
+            self._say_tenth(event.stage, event.done, event.total, event.text)
         elif event.text:
             self._say("…", event.stage, event.text)
 
@@ -114,18 +115,24 @@ class Talk:
             self._said = line
             err.print(line + took)
 
-    def _say_tenth(self, stage: str, done: int, total: int) -> None:
-        """A line for each tenth of a download, which is what a log can bear; nothing for small ones."""
+    def _say_tenth(self, stage: str, done: int, total: int, text: str) -> None:
+        """A line for each tenth of a download and for what interrupts it: a log can bear that. None for small ones."""
         if total < 10_000_000:
             return
         tenth = 10 * done // total
         if self._tenth < 0:
-            self._head_start = done  # from before we looked: onstart's, or an earlier run's
-        if tenth > self._tenth:
-            self._tenth = tenth
-            rate = (done - self._head_start) / 1e6 / max(0.5, time.monotonic() - self._began)
-            told = f", {rate:.0f} MB/s" if rate else ""
-            self._say("…", stage, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB{told}")
+            self._head_start, self._words = done, text  # from before we looked: onstart's, or an earlier run's
+        if tenth > self._tenth or text not in (self._words, self._news):
+            self._tenth, self._news = tenth, text
+            rate = (done - self._head_start) / max(0.5, time.monotonic() - self._began)
+            told = [f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"]
+            if rate:
+                told.append(f"{rate / 1e6:.0f} MB/s")
+            if rate and done < total:
+                told.append(f"{(total - done) / rate:.0f} s to go")
+            if text != self._words:
+                told.append(text)
+            self._say("…", stage, ", ".join(told))
 
     def _draw(self, event: Event) -> None:
         line = f"{event.stage:<15} {escape(event.text)}"
@@ -141,7 +148,7 @@ class Talk:
             self._shown = _download_bar()
             self._shown.add_task(line, total=event.total)
             self._shown.start()
-        self._shown.update(self._shown.task_ids[0], completed=event.done or 0, total=event.total)
+        self._shown.update(self._shown.task_ids[0], description=line, completed=event.done or 0, total=event.total)
 
     def _hide(self) -> None:
         """Take the live display away: a line or a question comes next."""

@@ -18,6 +18,7 @@ from selfhost_cli.errors import (
     MarketError,
     MayBeBilling,
     NothingToRent,
+    NotServable,
     OfferGone,
     SelfhostError,
     Superseded,
@@ -112,7 +113,7 @@ def _clean_up(world: World, cause: BaseException) -> None:
         try:
             rentals = world.ledger.live()
             for rental in rentals:
-                world.ledger.end(rental.label, reason)
+                world.ledger.end(rental.label, reason, blameless=isinstance(cause, NotServable))
             if not rentals:
                 return  # nothing was sent, or the market said no
         except LedgerBroken as error:

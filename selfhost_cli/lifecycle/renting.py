@@ -206,7 +206,11 @@ def _failed_before(world: World) -> set[int]:
     return {
         rental.machine_id
         for rental in world.ledger.all()
-        if rental.instance_id and rental.ready_at is None and rental.reason not in ours and rental.created_at > since
+        if rental.instance_id
+        and rental.ready_at is None
+        and not rental.blameless
+        and rental.reason not in ours
+        and rental.created_at > since
     }
 
 

@@ -11,6 +11,7 @@ from selfhost_cli.attach import Front
 from selfhost_cli.errors import (
     KeyRefused,
     MarketUnreachable,
+    NotServable,
     SelfhostError,
 )
 from selfhost_cli.lifecycle.renting import login_key
@@ -223,7 +224,8 @@ def check_health(world: World, rental: Rental) -> None:
     gpu = SIMULATED not in rental.gpu
     report = health.check(front, model=rental.model, context=rental.context, gpu=gpu, report=world.report)
     if failed := report.failed:
-        raise SelfhostError(f"health: {failed.name}: {failed.detail}", failed.remedy)
+        wished = failed.name in ("model", "gpu", "context")
+        raise (NotServable if wished else SelfhostError)(f"health: {failed.name}: {failed.detail}", failed.remedy)
 
 
 def _tunnel(world: World, rental: Rental) -> Front:

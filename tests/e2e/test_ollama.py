@@ -5,6 +5,7 @@ Built once by scripts/ollama; run by scripts/test-ollama. What is served differs
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -129,6 +131,19 @@ def blobs(stage: Stage) -> list[str]:
     return sorted(path.name for path in (selfhost_dir(stage) / "engine" / "models" / "blobs").iterdir())
 
 
+@pytest.fixture
+def sound(box: Stage) -> Iterator[None]:
+    """Afterwards the disk, the mirror and the model are as they were, however the test ended."""
+    df = box.box() / "bin" / "df"
+    real = df.resolve()
+    yield
+    box.control("mirror")
+    df.unlink()
+    df.symlink_to(real)
+    assert run_install(box)[0].code == 0
+    until(lambda: facts(box), 30)
+
+
 # --- a box that is up ---
 
 
@@ -208,7 +223,7 @@ def test_a_killed_server_comes_back_with_its_model(box: Stage, what: str) -> Non
     assert box.ask("claude", "-p", "Say hi.", *SHORT).out.strip()
 
 
-def test_a_pull_that_is_cut_goes_on_where_it_was(box: Stage) -> None:
+def test_a_pull_whose_downloads_are_cut_arrives_whole(box: Stage, sound: None) -> None:
     forget_the_model(box)
     came = received(box)
     box.control("mirror", cut_after=20_000_000, cuts=5)
@@ -218,13 +233,43 @@ def test_a_pull_that_is_cut_goes_on_where_it_was(box: Stage) -> None:
     assert [event.done for event in progress] == sorted(event.done or 0 for event in progress)
     assert progress[-1].done == progress[-1].total
     assert LAYER < received(box) - came < 1.5 * LAYER
-    until(lambda: facts(box), 30)
 
 
-def test_a_disk_that_is_too_small_is_said_before_the_pull(box: Stage) -> None:
+def test_a_pull_that_was_ended_goes_on_where_it_was(box: Stage, sound: None) -> None:
+    forget_the_model(box)
+    came = received(box)
+    box.control("mirror", rate=20_000_000)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_install, box)
+        until(lambda: received(box) - came > LAYER / 4, 60)
+        (pull,) = processes(box, "ollama.py pull ")
+        os.kill(pull, signal.SIGTERM)
+        assert running.result()[0].code == 1
+    until(lambda: list((selfhost_dir(box) / "engine" / "models" / "blobs").glob("*-partial-*")))
+    box.control("mirror")
+    result, events = run_install(box)
+    assert result.code == 0, result.err
+    first = next(event.done for event in events if event.stage == "model" and event.done)
+    assert first > LAYER / 5
+    assert LAYER <= received(box) - came < 1.2 * LAYER
+
+
+def test_a_damaged_file_of_the_model_is_noticed_and_pulled_again(box: Stage, sound: None) -> None:
+    forget_the_model(box)
+    digest = assets.default_sources().model.sha256
+    weights = selfhost_dir(box) / "engine" / "models" / "blobs" / f"sha256-{digest}"
+    with weights.open("wb") as file:
+        file.truncate(LAYER)
+    result, events = run_install(box)
+    assert result.code == 0, result.err
+    assert any("digest mismatch" in event.text for event in events)
+    with weights.open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_pull(box: Stage, sound: None) -> None:
     forget_the_model(box)
     came, df = received(box), box.box() / "bin" / "df"
-    real = df.resolve()
     df.unlink()
     df.write_text("#!/bin/sh\necho Filesystem 1024-blocks Used Available\necho disk 1000000 500000 500000\n")
     df.chmod(0o755)
@@ -234,10 +279,6 @@ def test_a_disk_that_is_too_small_is_said_before_the_pull(box: Stage) -> None:
     assert re.search(rf"the disk is too small for {MODEL}: 491 MB .* only 512 MB are free", events[-1].text)
     assert blobs(box) == []
     assert received(box) == came
-    df.unlink()
-    df.symlink_to(real)
-    assert run_install(box)[0].code == 0
-    until(lambda: facts(box), 30)
 
 
 # --- a box that does not come up ---

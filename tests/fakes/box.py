@@ -24,6 +24,7 @@ class FakeBox:
     armed: str = "ok"
     archive: str = ""
     install_code: int = 0
+    install_status: str = "fail"
     refusals: int = 0
     chatter: int = 0
     connections: list[Endpoint] = field(default_factory=list)
@@ -62,7 +63,7 @@ class _Connection:
                 if on_line:
                     on_line("@selfhost\tmodel\tprogress\t1\t9\t")
             if on_line and self._box.install_code:
-                on_line("@selfhost\tmodel\tfail\t\t\tthe disk is full")
+                on_line(f"@selfhost\tmodel\t{self._box.install_status}\t\t\tthe disk is full")
             return Result(self._box.install_code, "", "")
         return Result(0, "", "")
 

@@ -74,6 +74,7 @@ class Box:
             "PATH": str(self.tools),
             "SELFHOST_ROOT": str(self.root),
             "SELFHOST_TICK_S": "0.1",
+            "SELFHOST_PATIENCE_S": "0",
             "SELFHOST_NET_DEV": str(self.root / "net_dev"),
             "CONTAINER_ID": "4711",
             "CONTAINER_API_KEY": "box-key-0123456789",

@@ -46,6 +46,9 @@ def test_flags_that_were_not_given_count_for_nothing(env: dict[str, str]) -> Non
         ("port = 70000", "1 to 65535"),
         ("disk = 0", "more than zero"),
         ('market_url = "foo"', "expected a URL"),
+        ('market_url = ""', "expected a URL"),
+        ('registry = "foo"', "expected a URL"),
+        ('registry = "http://192.0.2.1:5000"', "expected https, or http on loopback"),
         ('api_key = "two\\nlines"', "printable"),
         ("gpu = 4090", "expected text"),
         ("unguarded = 'perhaps'", "true or false"),
@@ -64,6 +67,11 @@ def test_a_key_is_never_in_an_error_or_in_the_repr(env: dict[str, str]) -> None:
         config.load("default", env=env)
     assert "12345678" not in caught.value.message
     assert "hunter2" not in repr(config.load("default", env={"VAST_API_KEY": "hunter2"}))
+
+
+@pytest.mark.parametrize("given", ["registry.ollama.ai/library/qwen3-coder:30b", "library/qwen3-coder:30b"])
+def test_a_models_name_is_the_one_that_ollama_lists(env: dict[str, str], given: str) -> None:
+    assert config.load("default", env=env, flags={"model": given}).model == "qwen3-coder:30b"
 
 
 def test_vasts_own_variable_serves_as_the_key(env: dict[str, str]) -> None:

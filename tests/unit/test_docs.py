@@ -34,7 +34,7 @@ def test_every_command_shown_exists(page: str) -> None:
         assert (ROOT / "scripts" / script).exists(), script
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/dependencies.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/dependencies.md", "docs/ollama.md"])
 def test_every_link_and_every_room_named_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     links = re.findall(r"\]\(([^)#:]+)\)", text)

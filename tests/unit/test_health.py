@@ -33,15 +33,11 @@ def test_all_of_ollama_is_probed_from_the_outside_in() -> None:
 
 
 def test_a_model_that_spills_over_to_the_cpu_is_a_failure_where_there_is_a_gpu() -> None:
-    last = probes(size_vram=15_000_000_000)["gpu"]
+    last = probes(size_vram=20_900_000_000)["gpu"]
     assert not last.ok
-    assert "70%" in last.detail
+    assert "97%" in last.detail
     assert "smaller" in last.remedy
     assert "gpu" not in probes(size_vram=0, gpu=False)
-
-
-def test_an_embedding_table_on_the_cpu_is_no_failure() -> None:
-    assert probes(size_vram=20_900_000_000)["gpu"].ok
 
 
 def test_a_model_that_cannot_call_tools_is_named() -> None:

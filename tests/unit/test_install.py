@@ -13,7 +13,7 @@ import pytest
 
 from selfhost_cli import install, payload
 from selfhost_cli.archive import Archive
-from selfhost_cli.errors import SelfhostError
+from selfhost_cli.errors import NotServable, SelfhostError
 from selfhost_cli.install import InstallSpec
 from selfhost_cli.model import Event
 from selfhost_cli.remote import ConnectionLost
@@ -99,6 +99,15 @@ def test_a_failing_step_is_the_message_with_its_last_lines_and_the_way_on(
     assert "selfhost up" in caught.value.remedy
     assert events[-1].status == "fail"
     assert "secret token" not in caught.value.message
+
+
+def test_what_no_other_box_could_do_is_an_error_of_its_own(
+    remote: RemoteFake, wanted: dict[str, tuple[bytes, int]]
+) -> None:
+    line = r"@selfhost\tmodel\trefuse\t\t\tthe registry has no model"
+    refusing = {**wanted, "bin/install.sh": (f"printf '{line}\\n'; exit 1\n".encode(), 0o700)}
+    with pytest.raises(NotServable, match="at the step model: the registry has no model"):
+        install.bring(remote, refusing, lambda event: None)
 
 
 def test_a_script_that_dies_without_a_word_is_an_error_too(

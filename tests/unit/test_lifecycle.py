@@ -16,6 +16,7 @@ from selfhost_cli.errors import (
     MayBeBilling,
     NoCredit,
     NothingToRent,
+    NotServable,
     NotSetUp,
     SelfhostError,
     Superseded,
@@ -606,6 +607,15 @@ def test_a_machine_is_not_blamed_for_our_own_interrupt(stage: Stage) -> None:
     with pytest.raises(KeyboardInterrupt):
         stage.up()
     stage.box.before = stage.market.before = lambda verb: None
+    assert lifecycle.up(stage.world, lambda plan: True).machine_id == 1
+
+
+def test_a_machine_is_not_blamed_for_what_no_machine_could_do(stage: Stage) -> None:
+    stage.box.install_status = "refuse"
+    stage.box.install_code = 1
+    with pytest.raises(NotServable):
+        stage.up()
+    stage.box.install_code = 0
     assert lifecycle.up(stage.world, lambda plan: True).machine_id == 1
 
 

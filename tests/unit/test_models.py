@@ -42,8 +42,14 @@ def test_the_size_is_what_a_pull_downloads(registry: Files) -> None:
 
 
 def test_a_model_that_is_not_there_is_an_error_before_money_is_spent(registry: Files) -> None:
-    with pytest.raises(UsageError, match="has no model 'tiny:7b'"):
+    with pytest.raises(UsageError, match="has no model 'tiny:7b' for everybody"):
         models.size("tiny:7b", registry.url)
+
+
+@pytest.mark.parametrize("model", ["qwen3-coder:480b-cloud", "minimax-m2:cloud"])
+def test_a_model_that_runs_elsewhere_is_refused(model: str) -> None:
+    with pytest.raises(UsageError, match="Ollama's own machines"):
+        models.size(model, "http://127.0.0.1:1")
 
 
 def test_a_registry_that_does_not_answer_sensibly_is_no_error(registry: Files) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -81,3 +82,16 @@ def test_progress_without_a_terminal_is_a_line_for_each_tenth(monkeypatch: pytes
     assert len(lines) == 12
     assert "100 of 100 MB" in lines[-2]
     assert lines[-1].startswith("✓ model")
+    assert re.search(r"50 of 100 MB, \d+ MB/s, \d+ s to go", told.getvalue())
+
+
+def test_what_interrupts_a_download_is_told_between_the_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = io.StringIO()
+    monkeypatch.setattr(render, "err", Console(file=told, width=100))
+    with render.Talk() as talk:
+        talk(Event("model", "progress", "tiny", 10_000_000, 100_000_000))
+        for text in ("tiny: interrupted (it stalled), going on", "tiny"):
+            talk(Event("model", "progress", text, 12_000_000, 100_000_000))
+    lines = told.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[1].endswith("tiny: interrupted (it stalled), going on")
