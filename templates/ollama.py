@@ -206,7 +206,7 @@ def serve(model: Model, context: int, preferred: int) -> int:
 def environment(port: int, context: int) -> dict[str, str]:
     """What Ollama gets: how it works is decided here for all requests, and nothing secret goes along.
 
-    Requests send no options: other ones than those of the load would make it load the model again.
+    Requests repeat what matters (num_ctx, shift): with other values than those of the load it would load again.
     """
     kept = {
         name: value
@@ -321,7 +321,9 @@ def load(port: int, model: Model, context: int, lives: bool) -> None:
     if not entry:
         check_context(port, model, context)
         try:
-            call(port, "POST", "/api/generate", {"model": model.short, "keep_alive": -1, "stream": False}, LOAD_S)
+            # As the proxy's requests say it: with another `shift` the first of them would load the model again.
+            body = {"model": model.short, "keep_alive": -1, "stream": False, "shift": False}
+            call(port, "POST", "/api/generate", body, LOAD_S)
         except Failure as failure:
             raise Failure(f"Ollama cannot load {model.short}: {failure}") from failure
         entry = listed(port, model)

@@ -8,19 +8,23 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from aiohttp import web
 
 from selfhost_cli import __version__
+from selfhost_cli.proxy.engines import Engine
 from selfhost_cli.proxy.engines.anthropic import AnthropicEngine
 from selfhost_cli.proxy.engines.ollama import OllamaEngine
 from selfhost_cli.proxy.rundir import RunDir
 from selfhost_cli.proxy.server import Settings, build_server
 from selfhost_cli.proxy.web import runner
 
-ENGINES = {"llamacpp": AnthropicEngine, "ollama": OllamaEngine}
+ENGINES: Mapping[str, Callable[[str, str, Callable[[], str]], Engine]] = {
+    "llamacpp": AnthropicEngine,
+    "ollama": OllamaEngine,
+}
 
 
 def main() -> None:

@@ -22,6 +22,8 @@ from selfhost_cli.proxy.errors import (
     not_found,
     too_long,
 )
+from selfhost_cli.proxy.length import Lengths
+from selfhost_cli.proxy.rescue import Rescue
 from selfhost_cli.proxy.rundir import RunDir
 from selfhost_cli.proxy.web import (
     PING_EVERY,
@@ -64,7 +66,8 @@ class _EngineSide:
         self._run = run
         self._admission = Admission(settings.slots)
         self._clients = 0
-        self._usage = {"requests": 0, "input_tokens": 0, "output_tokens": 0}
+        self._usage = {"requests": 0, "input_tokens": 0, "output_tokens": 0, "repaired_calls": 0}
+        self._lengths = Lengths()
 
     def application(self) -> web.Application:
         app = application(self._settings.token)
@@ -122,14 +125,17 @@ class _EngineSide:
         trace().cls = "count"
         request = contract.parse(await read_body(http))
         tokens = await self._engine.count(request)
-        if tokens is None:
-            raise not_found(f"a token counter in {self._engine.name}")
-        return web.json_response({"input_tokens": tokens})
+        if tokens is not None:
+            self._lengths.learn(request, tokens)
+            return web.json_response({"input_tokens": tokens})
+        # Claude Code shows it in /context; a 404 would leave that empty.
+        return web.json_response({"input_tokens": self._lengths.estimate(request), "estimated": True})
 
     async def _messages(self, http: web.Request) -> web.StreamResponse:
         trace().cls = request_class(http)
         with self._serving(probe=is_probe(http)):
             request = contract.parse(await read_body(http))
+            trace().notes = request.notes
             with self._admission.place():
                 await self._check_length(request)
                 self._usage["requests"] += 1
@@ -153,9 +159,14 @@ class _EngineSide:
 
     async def _check_length(self, request: Request) -> None:
         """Before the 200, so that it is a real status, and so is an engine that is down."""
-        tokens = await self._engine.count(request)
         limit = await self._engine.context()
-        if tokens is not None and tokens > limit:
+        if self._lengths.bound(request) <= limit:
+            return
+        tokens = await self._engine.count(request)
+        if tokens is None:
+            return  # it refuses by itself what does not fit
+        self._lengths.learn(request, tokens)
+        if tokens > limit:
             raise too_long(tokens, limit)
 
     async def _stream(self, http: web.Request, request: Request) -> web.StreamResponse:
@@ -177,12 +188,13 @@ class _EngineSide:
 
     async def _answer(self, request: Request, narrator: Narrator) -> AsyncGenerator[Json]:
         """Wait for a slot and tell what the engine says. Leaving it early cancels the generation."""
+        rescue = Rescue([*request.tools, *request.deferred.values()])
         try:
             async with self._admission.turn():
                 trace().mark_turn()
                 async with aclosing(self._engine.messages(request)) as events:
                     async for event in events:
-                        for told in narrator.tell(event):
+                        for told in (told for kept in rescue.feed(event) for told in narrator.tell(kept)):
                             trace().mark_first()
                             yield told
                         if isinstance(event, Done):
@@ -190,6 +202,9 @@ class _EngineSide:
             if not narrator.finished:
                 raise EngineBroke("the engine stopped in the middle of the answer")
         finally:
+            self._lengths.learn(request, narrator.prompt.total if narrator.finished else 0)
+            self._usage["repaired_calls"] += rescue.repaired
+            trace().repaired = rescue.repaired
             self._record(narrator)
 
     def _record(self, narrator: Narrator) -> None:

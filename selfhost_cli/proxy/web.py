@@ -35,6 +35,9 @@ class Trace:
     cached_tokens: int = 0
     output_tokens: int = 0
     began: float = field(default_factory=time.monotonic)
+    repaired: int = 0
+    notes: tuple[str, ...] = ()
+    """What of the request was left out, without its text."""
     waited: float | None = None
     first: float | None = None
 
@@ -52,7 +55,9 @@ class Trace:
                 f"id={self.id} {http.method} {http.path!r} class={self.cls} status={status}",
                 f"outcome={self.outcome or 'ok'}",
                 f"in={self.input_tokens} cached={self.cached_tokens} out={self.output_tokens}",
+                *([f"repaired={self.repaired}"] if self.repaired else []),
                 *(f"{name}={value:.3f}" for name, value in times.items() if value is not None),
+                *([f"left_out={self.notes}"] if self.notes else []),
             ]
         )
 

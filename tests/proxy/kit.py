@@ -10,14 +10,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 from aiohttp import web
 
 from selfhost_cli.proxy import sse
 from selfhost_cli.proxy.engines.anthropic import AnthropicEngine
-from selfhost_cli.proxy.engines.ollama import OllamaEngine
 from selfhost_cli.proxy.rundir import RunDir
 from selfhost_cli.proxy.server import Settings, build_server
 from selfhost_cli.proxy.web import runner
@@ -106,13 +105,21 @@ Step = bytes | asyncio.Event | str
 class LlamaStub:
     """Plays `script` for every generation: bytes are sent, events waited for, "die" cuts the connection."""
 
+    kind: ClassVar[type[Any]] = AnthropicEngine
+    name: ClassVar[str] = "llamacpp"
+
     script: list[Step] = field(default_factory=lambda: list(HELLO))
     refusal: tuple[int, Json] | None = None
     tokens: int = 20
     n_ctx: int = 4096
     asked: list[Json] = field(default_factory=list)
+    counted: int = 0
     gone: int = 0
     running: int = 0
+
+    @property
+    def healthy(self) -> bool:
+        return True
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=2**26)
@@ -125,6 +132,7 @@ class LlamaStub:
         return web.json_response({"default_generation_settings": {"n_ctx": self.n_ctx}, "total_slots": 1})
 
     async def _count(self, http: web.Request) -> web.Response:
+        self.counted += 1
         return web.json_response({"input_tokens": self.tokens})
 
     async def _messages(self, http: web.Request) -> web.StreamResponse:
@@ -155,35 +163,6 @@ class LlamaStub:
         finally:
             self.running -= 1
         return response
-
-
-@dataclass
-class OllamaStub(LlamaStub):
-    """Ollama 0.34.0's own API beside its Anthropic endpoint; `loaded` is what /api/ps lists, "" for nothing."""
-
-    loaded: str = "tiny:latest"
-    capabilities: list[str] = field(default_factory=lambda: ["completion", "tools"])
-    shown: int = 0
-
-    def application(self) -> web.Application:
-        app = web.Application(client_max_size=2**26)
-        app.router.add_get("/api/version", self._version)
-        app.router.add_get("/api/ps", self._ps)
-        app.router.add_post("/api/show", self._show)
-        app.router.add_post("/v1/messages", self._messages)
-        return app
-
-    async def _version(self, http: web.Request) -> web.Response:
-        return web.json_response({"version": "0.34.0"})
-
-    async def _ps(self, http: web.Request) -> web.Response:
-        model = {"name": self.loaded, "digest": "abc", "size": 1000, "size_vram": 900, "context_length": self.n_ctx}
-        return web.json_response({"models": [model] if self.loaded else []})
-
-    async def _show(self, http: web.Request) -> web.Response:
-        self.shown += 1
-        details = {"parameter_size": "494.03M", "quantization_level": "Q4_K_M"}
-        return web.json_response({"details": details, "capabilities": self.capabilities})
 
 
 # --- the proxy before it ---
@@ -221,8 +200,8 @@ def as_body(body: Any) -> bytes:
 async def proxied(stub: LlamaStub | None, run: Path, **settings: Any) -> AsyncIterator[Proxy]:
     """A proxy in front of that stub; with None the engine is not up."""
     quick = replace(Settings(TOKEN, "tiny", "0.0"), touch_every=0.01, ready_every=0.01)
-    kind, name = (OllamaEngine, "ollama") if isinstance(stub, OllamaStub) else (AnthropicEngine, "llamacpp")
-    engine = kind(name, "tiny", RunDir(run).engine_url)
+    made = stub or LlamaStub()
+    engine = made.kind(made.name, "tiny", RunDir(run).engine_url)
     app = build_server(replace(quick, **settings), engine, RunDir(run))
     async with serving(app) as url, aiohttp.ClientSession() as session:
         if stub is None:
@@ -230,7 +209,7 @@ async def proxied(stub: LlamaStub | None, run: Path, **settings: Any) -> AsyncIt
             return
         async with serving(stub.application()) as upstream:
             (run / "engine.port").write_text(upstream.rpartition(":")[2])
-            if not isinstance(stub, OllamaStub) or stub.loaded == "tiny:latest":
+            if stub.healthy:
                 # else a test may end while the proxy still connects, and leave a transport behind
                 await eventually((run / "ready").exists)
             yield Proxy(url, run, session)

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
+from selfhost_cli.proxy.contract import Request
+from selfhost_cli.proxy.engines.anthropic import AnthropicEngine
 from tests.proxy.kit import (
     HELLO,
     HI,
     READ,
     STREAM,
+    Json,
     LlamaStub,
+    Step,
     assert_error,
     asynchronous,
     call,
@@ -22,6 +26,7 @@ from tests.proxy.kit import (
     ended,
     eventually,
     proxied,
+    serving,
     started,
     text,
     texts,
@@ -109,6 +114,17 @@ async def test_a_repeated_prefill_is_taken_off_the_answer(tmp_path: Path) -> Non
         assert texts(await proxy.stream(body)) == "1, 5"
 
 
+@pytest.mark.parametrize("cut", [ended("max_tokens"), [*call("Read", "{}", index=1), *ended("tool_use", blocks=2)]])
+@asynchronous
+async def test_what_only_began_like_the_prefill_is_not_lost_at_the_end(tmp_path: Path, cut: list[Step]) -> None:
+    stub = LlamaStub([started(), *text("1,"), *cut])
+    body = {"messages": [*HI["messages"], {"role": "assistant", "content": "1, 2"}], "stream": True}
+    async with proxied(stub, tmp_path) as proxy:
+        events = await proxy.stream(body)
+    check_grammar(events)
+    assert texts(events) == "1,"
+
+
 @pytest.mark.parametrize("said", [[], text(""), text("\n", "  ")], ids=["no block", "empty text", "blanks"])
 @asynchronous
 async def test_tokens_without_content_are_an_error_and_not_an_empty_answer(tmp_path: Path, said: list[bytes]) -> None:
@@ -132,6 +148,75 @@ async def test_a_call_cut_off_by_max_tokens_is_never_given_out_whole(tmp_path: P
         stub.script = [started(), *call("Write", '{"content": "half'), *ended("max_tokens")]
         status, body, _ = await proxy.answer()
         assert "cut off" in assert_error(status, body, 400, "api_error")
+
+
+# --- what the engine is asked ---
+
+
+async def asked(request: Request) -> Json:
+    """The body that an engine of Anthropic's dialect gets for it."""
+    stub = LlamaStub()
+    async with serving(stub.application()) as url:
+        engine = AnthropicEngine("llamacpp", "tiny", lambda: url)
+        async for _ in engine.messages(request):
+            pass
+        await engine.close()
+    return stub.asked[0]
+
+
+@asynchronous
+async def test_results_go_out_in_the_shape_of_the_api_with_their_images_and_failures() -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+    hint = {"type": "text", "text": "go on"}
+    results: list[Json] = [
+        {"type": "tool_result", "tool_use_id": "a", "content": "seen", "images": [image]},
+        {"type": "tool_result", "tool_use_id": "b", "content": "", "images": [image]},
+        {"type": "tool_result", "tool_use_id": "c", "content": "no such file", "is_error": True},
+    ]
+    body = await asked(Request([{"role": "user", "content": [*results, hint, image]}]))
+    told = [
+        {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": "seen"}, image]},
+        {"type": "tool_result", "tool_use_id": "b", "content": [image]},
+        results[2],
+    ]
+    assert body["messages"] == [{"role": "user", "content": told}, {"role": "user", "content": [hint, image]}]
+
+
+@pytest.mark.parametrize(
+    ("request_", "fields"),
+    [
+        ({}, {}),
+        (
+            {"thinking": True, "max_tokens": 5000},
+            {
+                "thinking": {"type": "enabled", "budget_tokens": 4999},
+                "chat_template_kwargs": {"enable_thinking": True},
+            },
+        ),
+        ({"thinking": True, "max_tokens": 1024}, {"chat_template_kwargs": {"enable_thinking": True}}),
+        (
+            {"thinking": False},
+            {"thinking": {"type": "disabled"}, "chat_template_kwargs": {"enable_thinking": False}},
+        ),
+        (
+            {"effort": "max"},
+            {"output_config": {"effort": "max"}, "chat_template_kwargs": {"reasoning_effort": "high"}},
+        ),
+        ({"schema": {"a": 1}}, {"output_config": {"format": {"type": "json_schema", "schema": {"a": 1}}}}),
+    ],
+)
+@asynchronous
+async def test_thinking_effort_and_schema_go_out_in_the_words_of_the_api(request_: Json, fields: Json) -> None:
+    body = await asked(Request([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], **request_))
+    assert {key: body[key] for key in body if key not in ("model", "max_tokens", "messages", "stream")} == fields
+
+
+@asynchronous
+async def test_a_prefilled_answer_is_past_its_thoughts() -> None:
+    prefilled = [{"role": role, "content": [{"type": "text", "text": "hi"}]} for role in ("user", "assistant")]
+    body = await asked(Request(prefilled, thinking=True, max_tokens=5000))
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "thinking" not in body
 
 
 # --- failures ---
@@ -206,12 +291,27 @@ async def test_an_engine_that_is_down_is_a_status_and_not_a_stream(tmp_path: Pat
 @asynchronous
 async def test_a_prompt_that_is_too_long_is_refused_before_the_stream(tmp_path: Path) -> None:
     stub = LlamaStub(tokens=9009, n_ctx=8192)
+    long = {"messages": [{"role": "user", "content": "word " * 9000}]}
     async with proxied(stub, tmp_path) as proxy:
-        for body in (HI, STREAM):
+        for body in (HI | long, STREAM | long):
             status, error, _ = await proxy.answer(body)
             message = assert_error(status, error, 400, "invalid_request_error")
             assert message == "prompt is too long: 9009 tokens > 8192 maximum"
     assert stub.asked == []
+
+
+@asynchronous
+async def test_it_is_counted_only_when_a_cheap_bound_does_not_fit(tmp_path: Path) -> None:
+    stub = LlamaStub(tokens=2000, n_ctx=8192)
+    turns = [{"role": "user", "content": "word " * 1800}]
+    async with proxied(stub, tmp_path) as proxy:
+        await proxy.answer()
+        assert stub.counted == 0
+        await proxy.answer({"max_tokens": 9, "messages": turns})
+        assert stub.counted == 1
+        turns += [{"role": "assistant", "content": "Fine."}, {"role": "user", "content": "And now?"}]
+        await proxy.answer({"max_tokens": 9, "messages": turns})
+        assert stub.counted == 1, "the answer before told how long its beginning is"
 
 
 @asynchronous

@@ -26,6 +26,7 @@ from tests.proxy.kit import (
     eventually,
     proxied,
 )
+from tests.proxy.ollama_stub import OllamaStub, said
 
 
 @pytest.mark.parametrize("headers", [{}, {"x-api-key": "wrong"}, {"authorization": "Bearer"}, {"authorization": TOKEN}])
@@ -133,6 +134,38 @@ async def test_counting_is_the_engines_own(tmp_path: Path) -> None:
 
 
 @asynchronous
+async def test_an_engine_that_cannot_count_is_guessed_for_and_the_answer_says_so(tmp_path: Path) -> None:
+    text = "word " * 1000
+    body = {"max_tokens": 9, "messages": [{"role": "user", "content": text}]}
+    async with proxied(OllamaStub(script=said("yes", prompt=1001)), tmp_path) as proxy:
+
+        async def count() -> Any:
+            async with proxy.post(body, "/v1/messages/count_tokens") as response:
+                return await response.json()
+
+        first = await count()
+        assert first["estimated"] is True
+        assert 500 < first["input_tokens"] < 5000
+        await proxy.answer(body)
+        assert (await count())["input_tokens"] == 1001
+
+
+@asynchronous
+async def test_a_leaked_call_leaves_as_a_call_and_is_counted(tmp_path: Path) -> None:
+    leak = ["Let me look.\n\n<func", "tion=Read>\n<parameter=file_path>\n/a\n</para", "meter>\n</function>"]
+    schema = {"type": "object", "properties": {"file_path": {"type": "string"}}, "required": ["file_path"]}
+    tools = [{"name": "Read", "description": "", "input_schema": schema}]
+    async with proxied(OllamaStub(script=said(*leak)), tmp_path) as proxy:
+        status, message, _ = await proxy.answer(HI | {"tools": tools})
+        async with proxy.get("/health") as response:
+            repaired = (await response.json())["usage"]["repaired_calls"]
+    assert (status, message["stop_reason"], repaired) == (200, "tool_use", 1)
+    said_, call = message["content"]
+    assert said_["text"].strip() == "Let me look."
+    assert (call["name"], call["input"]) == ("Read", {"file_path": "/a"})
+
+
+@asynchronous
 async def test_models_names_the_one_that_is_served(tmp_path: Path) -> None:
     async with proxied(LlamaStub(), tmp_path) as proxy:
         async with proxy.get("/v1/models?limit=1000") as response:
@@ -160,7 +193,7 @@ async def test_health_tells_the_context_and_what_was_used(tmp_path: Path) -> Non
         "proxy": "healthy",
         "llamacpp": "healthy",
     }
-    assert health["usage"] == {"requests": 2, "input_tokens": 40, "output_tokens": 14}
+    assert health["usage"] == {"requests": 2, "input_tokens": 40, "output_tokens": 14, "repaired_calls": 0}
 
 
 @asynchronous

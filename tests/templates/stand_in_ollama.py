@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({})
         if self.path == "/api/show":
             return self.answer({"model_info": {"general.architecture": "qwen2", "qwen2.context_length": MOST}})
-        assert set(body) == {"model", "keep_alive", "stream"}, body
+        assert set(body) == {"model", "keep_alive", "stream", "shift"}, body
         assert self.path == "/api/generate"
         return self.load(body["model"])
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
 
 import aiohttp
 
@@ -23,31 +20,30 @@ from selfhost_cli.proxy.engines import (
     ToolCall,
     ToolInput,
 )
-from selfhost_cli.proxy.errors import EngineBroke, EngineDown, ProxyError, invalid, too_long
+from selfhost_cli.proxy.engines.upstream import (
+    PATIENT,
+    Prefill,
+    Upstream,
+    explained,
+    number,
+    refusal,
+    template_arguments,
+)
+from selfhost_cli.proxy.errors import EngineBroke, EngineDown
 
-QUICK = aiohttp.ClientTimeout(total=30, connect=5)
-PATIENT = aiohttp.ClientTimeout(total=None, connect=5)
 STOP_REASONS: dict[str, StopReason] = {
     "max_tokens": "max_tokens",
     "stop_sequence": "stop_sequence",
     "tool_use": "tool_use",
 }
+# Claude's own least; below it there is no budget that both fits max_tokens and is allowed
+LEAST_THINKING = 1024
 
 
-class AnthropicEngine:
-    """`base_url` is asked at every call, because a restarted engine may have another port; it raises EngineDown.
-
-    Make it inside a running event loop.
-    """
-
+class AnthropicEngine(Upstream):
     def __init__(self, name: str, model: str, base_url: Callable[[], str]) -> None:
-        self.name = name
-        self._model = model
-        self._base_url = base_url
+        super().__init__(name, model, base_url)
         self._context: dict[str, int] = {}
-        # force_close: llama.cpp closes the socket after a stream although it promised to keep it alive, so that every
-        # second request on a pooled connection fails (b11549)
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
 
     async def health(self) -> Health:
         base = self._base_url()
@@ -65,22 +61,14 @@ class AnthropicEngine:
         return known if known is not None else (await self.health()).context
 
     async def count(self, request: Request) -> int | None:
-        async with self._post("/v1/messages/count_tokens", self._body(request), QUICK) as response:
-            if response.status == 404:
-                return None
-            if response.status != 200:
-                raise await _refusal(response)
-            try:
-                return int((await response.json())["input_tokens"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise EngineBroke(f"{self.name} counts in a way that makes no sense") from error
+        return await self._number("/v1/messages/count_tokens", self._body(request), "input_tokens")
 
     async def messages(self, request: Request) -> AsyncGenerator[AnswerEvent]:
         body = self._body(request) | {"stream": True}
-        prefill = _Prefill(request.prefill)
+        prefill = Prefill(request.prefill)
         async with self._post("/v1/messages", body, PATIENT) as response:
             if response.status != 200:
-                raise await _refusal(response)
+                raise (await refusal(response)).error()
             try:
                 async for event in _answer(sse.events(response.content.iter_any())):
                     for kept in prefill.without(event):
@@ -88,51 +76,14 @@ class AnthropicEngine:
             except (aiohttp.ClientError, OSError) as error:
                 raise EngineBroke(f"{self.name} broke off: {error or type(error).__name__}") from error
 
-    async def close(self) -> None:
-        await self._session.close()
-
-    async def _ask(self, base: str, path: str, body: Json | None = None) -> Json:
-        """GET, or POST when there is a body."""
-        try:
-            method = "GET" if body is None else "POST"
-            async with self._session.request(method, base + path, json=body, timeout=QUICK) as response:
-                if response.status != 200:
-                    raise await _refusal(response)
-                data = await response.json()
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise self._down(error) from error
-        return data if isinstance(data, dict) else {}
-
-    @asynccontextmanager
-    async def _post(
-        self, path: str, body: Json, timeout: aiohttp.ClientTimeout
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        # lone surrogates are legal in JSON and in str, but not in the UTF-8 that the engine gets
-        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        try:
-            response = await self._session.post(
-                self._base_url() + path,
-                data=io.BytesIO(data),  # bytes over 1 MB draw a warning
-                headers={"content-type": "application/json"},
-                timeout=timeout,
-            )
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._down(error) from error
-        try:
-            yield response
-        finally:
-            # not release(): an answer that nobody reads any more must stop being generated now
-            response.close()
-
-    def _down(self, error: Exception) -> EngineDown:
-        return EngineDown(f"{self.name} does not answer: {error or type(error).__name__}")
-
     def _body(self, request: Request) -> Json:
         body: Json = {
             "model": self._model,
             "max_tokens": request.max_tokens,
             "messages": [part for message in request.messages for part in _results_apart(message)],
             **request.sampling,
+            **_thinking(request),
+            **_output(request),
         }
         if request.system:
             body["system"] = request.system
@@ -142,11 +93,41 @@ class AnthropicEngine:
         return body
 
 
+def _thinking(request: Request) -> Json:
+    """In the API's own words, for as much as max_tokens leaves room for: how much the client wanted is not kept.
+
+    And in those of llama.cpp, which heeds the template's arguments only.
+    """
+    arguments = template_arguments(request)
+    fields: Json = {"chat_template_kwargs": arguments} if arguments else {}
+    if request.thinking is False:
+        fields["thinking"] = {"type": "disabled"}
+    elif request.thinking and not request.prefill and request.max_tokens > LEAST_THINKING:
+        fields["thinking"] = {"type": "enabled", "budget_tokens": request.max_tokens - 1}
+    return fields
+
+
+def _output(request: Request) -> Json:
+    config: Json = {"effort": request.effort} if request.effort else {}
+    if request.schema is not None:
+        config["format"] = {"type": "json_schema", "schema": request.schema}
+    return {"output_config": config} if config else {}
+
+
 def _results_apart(message: Json) -> list[Json]:
     """One message for tool results, one for the rest: llama.cpp puts the text of a mixed one before its results."""
-    results = [block for block in message["content"] if block["type"] == "tool_result"]
+    results = [_result(block) for block in message["content"] if block["type"] == "tool_result"]
     others = [block for block in message["content"] if block["type"] != "tool_result"]
     return [{"role": message["role"], "content": part} for part in (results, others) if part]
+
+
+def _result(block: Json) -> Json:
+    """A canonical result in the API's own shape, where images are part of the content."""
+    images = block.get("images")
+    if not images:
+        return block
+    text = [{"type": "text", "text": block["content"]}] if block["content"] else []
+    return {key: value for key, value in block.items() if key != "images"} | {"content": [*text, *images]}
 
 
 async def _answer(events: AsyncIterator[sse.Event]) -> AsyncIterator[AnswerEvent]:
@@ -181,7 +162,7 @@ async def _answer(events: AsyncIterator[sse.Event]) -> AsyncIterator[AnswerEvent
                 yield _done(delta)
                 return
             case {"error": _}:
-                raise _mapped(500, data, EngineBroke)
+                raise explained(500, data).error(EngineBroke)
     raise EngineBroke("the engine ended the stream in the middle of the answer")
 
 
@@ -195,59 +176,12 @@ def _data(event: sse.Event) -> Json:
 
 def _prompt(usage: Json) -> Prompt:
     """llama.cpp's input_tokens, like Anthropic's, are those that were not cached."""
-    cached = _count(usage, "cache_read_input_tokens")
-    return Prompt(_count(usage, "input_tokens") + _count(usage, "cache_creation_input_tokens") + cached, cached)
+    cached = number(usage, "cache_read_input_tokens")
+    return Prompt(number(usage, "input_tokens") + number(usage, "cache_creation_input_tokens") + cached, cached)
 
 
 def _done(message_delta: Json) -> Done:
     delta = message_delta.get("delta") or {}
     sequence = delta.get("stop_sequence")
     reason: StopReason = "stop_sequence" if sequence else STOP_REASONS.get(str(delta.get("stop_reason")), "end_turn")
-    return Done(reason, _count(message_delta.get("usage") or {}, "output_tokens"), sequence)
-
-
-def _count(usage: Json, key: str) -> int:
-    value = usage.get(key)
-    return value if isinstance(value, int) else 0
-
-
-async def _refusal(response: aiohttp.ClientResponse) -> ProxyError:
-    try:
-        data = json.loads(await response.content.read(65536))
-    except (ValueError, aiohttp.ClientError, OSError):
-        data = {}
-    return _mapped(response.status, data, EngineDown)
-
-
-def _mapped(status: int, data: Any, otherwise: type[EngineDown] | type[EngineBroke]) -> ProxyError:
-    """An engine's error in our words. Its 500 comes again at every retry, so it is a 400 with its reason."""
-    error = data.get("error") if isinstance(data, dict) else None
-    error = error if isinstance(error, dict) else {"message": error or f"status {status}"}
-    message, kind = str(error.get("message")), error.get("type")
-    if kind == "exceed_context_size_error":
-        return too_long(_count(error, "n_prompt_tokens"), _count(error, "n_ctx"))
-    if status == 413:
-        return ProxyError(413, "request_too_large", message)
-    if kind in ("unavailable_error", "overloaded_error") or status in (408, 425, 429, 502, 503, 504, 529):
-        return otherwise(f"the engine says: {message}")
-    return invalid(f"the engine says: {message}")
-
-
-class _Prefill:
-    """Takes the prefilled beginning off the answer, which llama.cpp repeats."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._seen = 0
-
-    def without(self, event: AnswerEvent) -> list[AnswerEvent]:
-        rest = self._text[self._seen :]
-        if not rest or not isinstance(event, Text):
-            return [event]
-        if rest.startswith(event.text):
-            self._seen += len(event.text)
-            return []
-        swallowed, self._seen = self._text[: self._seen], len(self._text)
-        if event.text.startswith(rest):
-            return [Text(event.text[len(rest) :])]
-        return [Text(swallowed + event.text)]
+    return Done(reason, number(message_delta.get("usage") or {}, "output_tokens"), sequence)

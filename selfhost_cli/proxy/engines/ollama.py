@@ -1,58 +1,554 @@
-"""Ollama: its own Anthropic endpoint for answers, its own API for everything else.
+"""Ollama through its own `/api/chat`, which can be told not to cut a prompt that does not fit; read from 0.34.0.
 
-What it answers was read from 0.34.0. Its Anthropic endpoint cannot count, and cannot be told not to cut a prompt that
-does not fit.
+Every request carries the options of the load: another `num_ctx` or `shift` makes Ollama load the model again.
+What its chat gets wrong is done by its renderer and raw generation, apart: it does not continue every template's
+prefill, and its parsers of calls swallow what they do not know or cannot read.
 """
 
 from __future__ import annotations
 
+import io
+import json
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import aiohttp
+
 from selfhost_cli.proxy.contract import Json, Request
-from selfhost_cli.proxy.engines import Health
-from selfhost_cli.proxy.engines.anthropic import AnthropicEngine
-from selfhost_cli.proxy.errors import EngineDown
+from selfhost_cli.proxy.engines import (
+    AnswerEvent,
+    Done,
+    Health,
+    Prompt,
+    StopReason,
+    Text,
+    Thinking,
+    ToolCall,
+    ToolInput,
+)
+from selfhost_cli.proxy.errors import EngineBroke, EngineDown, ProxyError, invalid, too_long
+
+QUICK = aiohttp.ClientTimeout(total=30, connect=5)
+PATIENT = aiohttp.ClientTimeout(total=None, connect=5)
+KEEP: Json = {"truncate": False, "shift": False, "keep_alive": -1}
+EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "max"}
+SWALLOWED = 8
+"""Tokens that were generated and not delivered: fewer may have been markup, a call is never so short."""
+PASSING = re.compile(
+    r"unexpectedly stopped|no longer running|not responding|connection (refused|reset)|health resp|timed out"
+    r"|no slots available|unexpected server status|while running the model|error reading|killed"
+)
+"""In a 500: the same request may work once Ollama has started its llama-server again."""
+GARBLED = re.compile(r"XML syntax|unmarshal|pars(e|ing)|invalid tool call", re.IGNORECASE)
+"""In a 500: the model wrote a call, and Ollama could not read it."""
+TOO_LONG = re.compile(r"(exceeds|longer than) the context length")
+"""Of versions that give no numbers."""
+REPEATED = "\n\n[The engine stopped the model here, because it only repeated itself.]"
 
 
-class OllamaEngine(AnthropicEngine):
-    """Healthy while the model is loaded. `facts`: version, capabilities, parameters, quantization, size, size_vram."""
+@dataclass(frozen=True)
+class _Model:
+    """What is loaded. `generic`: its calls are found by Ollama's one parser for all templates."""
 
-    _shown: tuple[str, Json] | None = None
+    context: int
+    capabilities: tuple[str, ...] | None
+    stops: tuple[str, ...]
+    generic: bool
+
+    @property
+    def blind(self) -> bool:
+        return self.capabilities is not None and "vision" not in self.capabilities
+
+    @property
+    def thinks(self) -> bool:
+        return "thinking" in (self.capabilities or ())
+
+
+class OllamaEngine:
+    """Healthy while the model is loaded. `facts`: version, capabilities, parameters, quantization, size, size_vram.
+
+    `base_url` is asked at every call, because a restarted engine may have another port; it raises EngineDown.
+    Make it inside a running event loop.
+    """
+
+    def __init__(self, name: str, model: str, base_url: Callable[[], str]) -> None:
+        self.name = name
+        self._name = model
+        self._base_url = base_url
+        self._loaded: dict[str, _Model] = {}
+        self._shown: tuple[str, Json] | None = None
+        # a pooled connection may turn out to be dead only when a prompt was sent on it, and may then not be sent again
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
 
     async def health(self) -> Health:
         base = self._base_url()
-        running = (await self._ask(base, "/api/ps")).get("models") or []
-        loaded = next((entry for entry in running if _same(entry.get("name"), self._model)), None)
+        running = (await self._ask("/api/ps")).get("models") or []
+        loaded = next((entry for entry in running if _same(entry.get("name"), self._name)), None)
         if loaded is None:
-            raise EngineDown(f"{self._model} is not loaded yet")
+            raise EngineDown(f"{self._name} is not loaded yet")
         context = loaded.get("context_length")
         if not isinstance(context, int):
             raise EngineDown(f"{self.name} does not tell its context")
-        self._context = {base: context}
-        version = (await self._ask(base, "/api/version")).get("version")
-        sizes = {name: loaded.get(name) for name in ("size", "size_vram")}
-        facts = {"version": version, **sizes, **await self._show(base, str(loaded.get("digest")))}
+        shown = await self._show(str(loaded.get("digest")))
+        self._loaded = {base: _model(context, shown)}
+        details: Any = shown.get("details") or {}
+        facts = {
+            "version": (await self._ask("/api/version")).get("version"),
+            "size": loaded.get("size"),
+            "size_vram": loaded.get("size_vram"),
+            "capabilities": shown.get("capabilities"),
+            "parameters": details.get("parameter_size"),
+            "quantization": details.get("quantization_level"),
+        }
         return Health(context, facts={name: value for name, value in facts.items() if value is not None})
 
+    async def context(self) -> int:
+        return (await self._model()).context
+
     async def count(self, request: Request) -> int | None:
+        """Nothing of Ollama's counts without generating."""
         return None
 
-    async def _show(self, base: str, digest: str) -> Json:
+    async def messages(self, request: Request) -> AsyncGenerator[AnswerEvent]:
+        model = await self._model()
+        chat = _chat(self._name, model, request)
+        if model.blind and any("images" in message for message in chat["messages"]):
+            raise invalid(f"{self._name} cannot see images")
+        path, body = "/api/chat", chat
+        if request.prefill and (prompt := await self._rendered(chat)) is not None:
+            path, body = "/api/generate", _raw(chat, prompt + request.prefill, request.max_tokens)
+        answer = _Answer(request, model)
+        async with aclosing(self._told(path, body, answer)) as events:
+            async for event in events:
+                yield event
+        if answer.lost and (prompt := await self._rendered(chat)) is not None:
+            # Once more from where it was lost, and nothing reads it before us: what no parser knows is told as text.
+            rest = _raw(chat, prompt + answer.resume(), max(1, request.max_tokens - answer.pieces))
+            async with aclosing(self._told("/api/generate", rest, answer)) as events:
+                async for event in events:
+                    yield event
+        if answer.endless:
+            answer.prompt = await self._length(chat)
+        for event in answer.finish():
+            yield event
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def _told(self, path: str, body: Json, answer: _Answer) -> AsyncGenerator[AnswerEvent]:
+        async with self._request(path, body, PATIENT) as response:
+            if response.status != 200:
+                answer.fail(response.status, await _error(response))
+                return
+            try:
+                async for line in _lines(response.content.iter_any()):
+                    for event in answer.tell(_record(line)):
+                        yield event
+            except (aiohttp.ClientError, OSError) as error:
+                raise answer.broken(f"{self.name} broke off: {error or type(error).__name__}") from error
+
+    async def _rendered(self, chat: Json) -> str | None:
+        """The prompt up to where the answer begins, a prefill not included; None when it cannot be had.
+
+        The field that asks for it is no official one: a version that does not know it generates a token instead.
+        """
+        messages = chat["messages"]
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if not messages or any("images" in message for message in messages):
+            return None
+        asked = chat | {"messages": messages, "stream": False, "_debug_render_only": True} | _budget(chat, 1)
+        said = (await self._ask("/api/chat", asked, PATIENT)).get("_debug_info")  # it may have to load the model first
+        text = said.get("rendered_template") if isinstance(said, dict) else None
+        return text if isinstance(text, str) else None
+
+    async def _length(self, chat: Json) -> Prompt | None:
+        """Of a prompt that was just read, so that it is cached and costs little; None when it cannot be had."""
+        try:
+            return _prompt(await self._ask("/api/chat", chat | {"stream": False} | _budget(chat, 1)))
+        except ProxyError:
+            return None
+
+    async def _model(self) -> _Model:
+        base = self._base_url()
+        if base not in self._loaded:
+            await self.health()
+        return self._loaded[base]
+
+    async def _show(self, digest: str) -> Json:
         """What the model is; asked once, because it takes Ollama longer than all the rest."""
         if self._shown is None or self._shown[0] != digest:
-            said = await self._ask(base, "/api/show", {"model": self._model})
-            details: Any = said.get("details") or {}
-            self._shown = (
-                digest,
-                {
-                    "capabilities": said.get("capabilities"),
-                    "parameters": details.get("parameter_size"),
-                    "quantization": details.get("quantization_level"),
-                },
-            )
+            self._shown = (digest, await self._ask("/api/show", {"model": self._name}))
         return self._shown[1]
+
+    async def _ask(self, path: str, body: Json | None = None, timeout: aiohttp.ClientTimeout = QUICK) -> Json:
+        """GET, or POST when there is a body."""
+        async with self._request(path, body, timeout) as response:
+            if response.status != 200:
+                raise _mapped(response.status, await _error(response), EngineDown)
+            try:
+                data = await response.json()
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                raise self._down(error) from error
+        return data if isinstance(data, dict) else {}
+
+    @asynccontextmanager
+    async def _request(
+        self, path: str, body: Json | None, timeout: aiohttp.ClientTimeout
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        # lone surrogates are legal in JSON and in str, but not in the UTF-8 that the engine gets
+        data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        try:
+            response = await self._session.request(
+                "GET" if data is None else "POST",
+                self._base_url() + path,
+                data=None if data is None else io.BytesIO(data),  # bytes over 1 MB draw a warning
+                headers={"content-type": "application/json"},
+                timeout=timeout,
+            )
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._down(error) from error
+        try:
+            yield response
+        finally:
+            # not release(): an answer that nobody reads any more must stop being generated now
+            response.close()
+
+    def _down(self, error: Exception) -> EngineDown:
+        return EngineDown(f"{self.name} does not answer: {error or type(error).__name__}")
+
+
+class _Answer:
+    """One answer, from Ollama's records to our events: as they come in `tell`, what is left in `finish`."""
+
+    def __init__(self, request: Request, model: _Model) -> None:
+        self.prompt: Prompt | None = None
+        self.pieces = 0
+        """Records that held something; with text, Ollama sends one for each token."""
+        self._request = request
+        self._model = model
+        self._called = False
+        self._garbled = False
+        self._end: Json | None = None
+        self._resumed: int | None = None
+        self._said: list[str] = []
+        """Text that was told, or in a forced call is still to be."""
+
+    def tell(self, record: Json) -> Iterator[AnswerEvent]:
+        if "error" in record:
+            self.fail(500, record["error"])
+            return
+        message = record.get("message")
+        message = message if isinstance(message, dict) else {"content": record.get("response")}
+        thinking, text, calls = message.get("thinking"), message.get("content"), message.get("tool_calls") or []
+        self.pieces += bool(thinking or text or calls)
+        if thinking:
+            yield Thinking(thinking)
+        if text:
+            self._said.append(text)
+            if not self._request.force_tool:
+                yield Text(text)
+        for call in calls:
+            self._called = True
+            yield ToolCall(str(call["function"]["name"]))
+            yield ToolInput(json.dumps(call["function"].get("arguments") or {}, ensure_ascii=False))
+        if record.get("done"):
+            self._end = record
+
+    def fail(self, status: int, said: object) -> None:
+        """Raises what it means, unless the answer can go on from here."""
+        if status >= 500 and self._resumable and GARBLED.search(str(said)):
+            self._garbled = True
+            return
+        if TOO_LONG.search(str(said)):
+            raise too_long(self._model.context + 1, self._model.context)
+        raise _mapped(status, said, EngineBroke if self.pieces else EngineDown)
+
+    def broken(self, message: str) -> ProxyError:
+        return EngineBroke(message) if self.pieces else EngineDown(message)
+
+    @property
+    def lost(self) -> bool:
+        """Tokens were generated that were not delivered: a call that Ollama did not understand, and what followed.
+
+        A false alarm is cheap: behind a complete answer the model says nothing more.
+        """
+        if self._garbled:
+            return True
+        if self._end is None or not self._resumable or _reason(self._end) != "end_turn":
+            return False
+        # parsers of one model put several tokens into a record
+        comparable = self._model.generic or not self.pieces
+        return comparable and _count(self._end, "eval_count") - self.pieces > SWALLOWED
+
+    @property
+    def _resumable(self) -> bool:
+        """Raw generation knows no tool choice, and would show the tags around the thoughts."""
+        asked = self._request
+        forced = asked.force_tool or asked.prefill
+        return bool(asked.tools) and not (forced or asked.thinking or self._called or self._resumed is not None)
+
+    def resume(self) -> str:
+        """From here on records are of a raw generation; what its prompt has to end with."""
+        self.prompt = _prompt(self._end) if self._end else None
+        self._resumed, self._garbled, self._end = self.pieces, False, None
+        return "".join(self._said)
+
+    @property
+    def endless(self) -> bool:
+        """The stream came to its end, the answer did not: Ollama's way to stop a model that repeats itself."""
+        return self._end is None and not self._garbled
+
+    def finish(self) -> Iterator[AnswerEvent]:
+        if self._garbled:
+            raise self.broken("the engine could not read the call that the model wrote")
+        if self._end is None:
+            # As an error, or as max_tokens, Claude Code would ask for more of it; so it reads why, and the turn ends.
+            yield Text(REPEATED)
+            yield self.prompt or Prompt(0)
+            yield Done("end_turn", self.pieces)
+            return
+        reason = _reason(self._end)
+        if self._request.force_tool and not self._called:
+            yield from self._forced()
+        yield self.prompt or self._prompt()
+        tokens = (self._resumed or 0) + _count(self._end, "eval_count")
+        stops = self._request.sampling.get("stop_sequences") or []
+        if self._called:
+            yield Done("tool_use", tokens)
+        elif stops and reason == "end_turn" and not self.pieces:
+            # Ollama does not tell one from the other; but only a stop sequence can end an answer before it began
+            yield Done("stop_sequence", tokens, stops[0] if len(stops) == 1 else None)
+        else:
+            yield Done(reason, tokens)
+
+    def _prompt(self) -> Prompt:
+        counted = _prompt(self._end or {})
+        total = counted.total - (self._resumed or 0)
+        return Prompt(total, min(counted.cached, total))
+
+    def _forced(self) -> Iterator[AnswerEvent]:
+        """The call, from the JSON that it was made to write; the text as it is when it was cut off."""
+        text = "".join(self._said)
+        try:
+            call = json.loads(text)
+            name, given = call["name"], call["arguments"]
+        except (ValueError, KeyError, TypeError):
+            yield Text(text)
+            return
+        self._called = True
+        yield ToolCall(str(name))
+        yield ToolInput(json.dumps(given, ensure_ascii=False))
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+def _chat(name: str, model: _Model, request: Request) -> Json:
+    body: Json = {"model": name, "messages": list(_messages(request, thinks=model.thinks)), "stream": True, **KEEP}
+    body["options"] = {"num_ctx": model.context, "num_predict": request.max_tokens, **_sampling(model, request)}
+    if request.tools:
+        body["tools"] = [_tool(tool) for tool in request.tools]
+    if model.thinks:
+        # it would think when it is not told. Neither a beginning nor a form of the answer leaves room for thoughts
+        wanted = request.thinking and not (request.prefill or request.force_tool)
+        body["think"] = EFFORTS.get(request.effort, True) if wanted else False
+    if request.tools and request.force_tool:
+        body["format"] = {"anyOf": [_call(tool) for tool in request.tools]}
+    elif request.schema is not None:
+        body["format"] = request.schema
+    return body
+
+
+def _raw(chat: Json, prompt: str, budget: int) -> Json:
+    """`format` stays out: it would have to be met by what follows alone."""
+    kept = {key: value for key, value in chat.items() if key not in ("messages", "tools", "format")}
+    return kept | {"prompt": prompt, "raw": True} | _budget(chat, budget)
+
+
+def _budget(body: Json, tokens: int) -> Json:
+    return {"options": body["options"] | {"num_predict": tokens}}
+
+
+def _sampling(model: _Model, request: Request) -> Json:
+    given = dict(request.sampling)
+    stops = given.pop("stop_sequences", [])
+    # those of a request replace the model's own
+    return given | ({"stop": [*model.stops, *stops]} if stops else {})
+
+
+def _messages(request: Request, *, thinks: bool) -> Iterator[Json]:
+    if request.system:
+        yield {"role": "system", "content": request.system}
+    names: dict[str, str] = {}
+    for message in request.messages:
+        if message["role"] == "assistant":
+            names |= {block["id"]: block["name"] for block in message["content"] if block["type"] == "tool_use"}
+            yield _assistant(message["content"], thinks=thinks)
+        else:
+            yield from _user(message["content"], names)
+
+
+def _assistant(blocks: list[Json], *, thinks: bool) -> Json:
+    said: Json = {"role": "assistant", "content": "".join(_texts(blocks))}
+    thoughts = "\n".join(block["thinking"] for block in blocks if block["type"] == "thinking")
+    if thoughts and thinks:
+        said["thinking"] = thoughts
+    calls = [block for block in blocks if block["type"] == "tool_use"]
+    if calls:
+        said["tool_calls"] = [
+            {"id": call["id"], "function": {"index": index, "name": call["name"], "arguments": call["input"]}}
+            for index, call in enumerate(calls)
+        ]
+    return said
+
+
+def _user(blocks: list[Json], names: dict[str, str]) -> Iterator[Json]:
+    images = []
+    for block in blocks:
+        if block["type"] == "tool_result":
+            tool = block["tool_use_id"]
+            content = f"[the tool failed]\n{block['content']}" if block.get("is_error") else block["content"]
+            yield {"role": "tool", "content": content, "tool_name": names.get(tool, ""), "tool_call_id": tool}
+            images += [image["source"]["data"] for image in block.get("images", [])]
+        elif block["type"] == "image":
+            images.append(block["source"]["data"])
+    text = "\n\n".join(_texts(blocks))
+    if text or images:
+        yield {"role": "user", "content": text} | ({"images": images} if images else {})
+
+
+def _texts(blocks: list[Json]) -> list[str]:
+    return [block["text"] for block in blocks if block["type"] == "text"]
+
+
+def _tool(tool: Json) -> Json:
+    function = {"name": tool["name"], "description": tool["description"], "parameters": _parameters(tool)}
+    return {"type": "function", "function": function}
+
+
+def _call(tool: Json) -> Json:
+    """The form of a call, for a grammar."""
+    properties = {"name": {"const": tool["name"]}, "arguments": _parameters(tool)}
+    return {"type": "object", "properties": properties, "required": ["name", "arguments"]}
+
+
+def _parameters(tool: Json) -> Json:
+    return {"properties": {}} | _schema(tool["input_schema"]) | {"type": "object"}
+
+
+def _schema(schema: Json) -> Json:
+    """What Ollama reads of a schema; anything of another type there, and it would refuse the whole request."""
+    kept: Json = {}
+    for key, value in schema.items():
+        match key, value:
+            case "type" | "description", str():
+                kept[key] = value
+            case "type" | "required", [*names] if all(isinstance(name, str) for name in names):
+                kept[key] = value
+            case "enum", list():
+                kept[key] = value
+            case "anyOf", [*options] if all(isinstance(option, dict) for option in options):
+                kept[key] = [_schema(option) for option in options]
+            case "properties", dict():
+                kept[key] = {name: _schema(one) if isinstance(one, dict) else {} for name, one in value.items()}
+            case "items" | "$defs", dict():
+                kept[key] = value
+    return kept
+
+
+# --- what comes back --------------------------------------------------------------------------------------------------
+
+
+def _model(context: int, shown: Json) -> _Model:
+    capabilities = shown.get("capabilities")
+    stops = re.findall(r'^stop\s+(".*")$', str(shown.get("parameters") or ""), re.MULTILINE)
+    own_parser = re.search(r"^PARSER ", str(shown.get("modelfile") or ""), re.MULTILINE)
+    return _Model(
+        context,
+        None if capabilities is None else tuple(capabilities),
+        tuple(filter(None, map(_unquoted, stops))),
+        own_parser is None,
+    )
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return ""
 
 
 def _same(name: object, model: str) -> bool:
     """Ollama adds the tag that a name without one stands for."""
     return name in (model, f"{model}:latest")
+
+
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """A line may be a whole file that a call writes, so no limit of a reader's fits."""
+    parts: list[bytes] = []
+    async for chunk in chunks:
+        *ended, rest = chunk.split(b"\n")
+        for line in ended:
+            whole = b"".join([*parts, line])
+            parts.clear()
+            if whole.strip():
+                yield whole
+        if rest:
+            parts.append(rest)
+    if whole := b"".join(parts).strip():
+        yield whole
+
+
+def _record(line: bytes) -> Json:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise EngineBroke("the engine sent a line that is not JSON") from error
+    return record if isinstance(record, dict) else {}
+
+
+def _prompt(record: Json) -> Prompt:
+    return Prompt(_count(record, "prompt_eval_count"), _count(record, "prompt_eval_cached_count"))
+
+
+def _reason(end: Json) -> StopReason:
+    return "max_tokens" if end.get("done_reason") == "length" else "end_turn"
+
+
+def _count(record: Json, key: str) -> int:
+    value = record.get(key)
+    return value if isinstance(value, int) else 0
+
+
+async def _error(response: aiohttp.ClientResponse) -> object:
+    try:
+        data = json.loads(await response.content.read(65536))
+    except (ValueError, aiohttp.ClientError, OSError):
+        data = {}
+    return data.get("error") if isinstance(data, dict) else None
+
+
+def _mapped(status: int, said: object, otherwise: type[EngineDown] | type[EngineBroke]) -> ProxyError:
+    """Ollama's error in our words; llama-server's own is JSON in a string in it.
+
+    Most of its 500s come again at every retry, and Claude Code tries them for three minutes: they are 400s here.
+    """
+    error = _inner(said)
+    message = str(error.get("message") or f"status {status}")
+    if error.get("type") == "exceed_context_size_error":
+        return too_long(_count(error, "n_prompt_tokens"), _count(error, "n_ctx"))
+    if status in (408, 429, 499, 502, 503, 504) or (status == 500 and PASSING.search(message)):
+        return otherwise(f"the engine says: {message}")
+    return invalid(f"the engine says: {message}")
+
+
+def _inner(said: object) -> Json:
+    try:
+        inner = json.loads(said) if isinstance(said, str) else said
+    except ValueError:
+        inner = None
+    inner = inner.get("error", inner) if isinstance(inner, dict) else None
+    return inner if isinstance(inner, dict) else {"message": said}

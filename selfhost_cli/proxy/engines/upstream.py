@@ -1,0 +1,224 @@
+"""What the adapters share: requests that can be cancelled, an engine's refusals in our words, and the prefill."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from selfhost_cli.proxy.contract import Json, Request
+from selfhost_cli.proxy.engines import AnswerEvent, Prompt, Text, Thinking
+from selfhost_cli.proxy.errors import EngineBroke, EngineDown, ProxyError, invalid, too_long
+
+QUICK = aiohttp.ClientTimeout(total=30, connect=5)
+PATIENT = aiohttp.ClientTimeout(total=None, connect=5)
+EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
+PASSING = (408, 425, 429, 502, 503, 504, 529)
+# some echo the request in what they say of it, and no prompt may get into a log
+LONGEST_REASON = 500
+
+# How llama.cpp, vLLM (three generations), SGLang, OpenAI and Cerebras word it
+LIMITS = re.compile(r"(?:context length (?:is|of|is only) |context length \(|context size \(|while limit is )(\d+)")
+PROMPTS = [
+    re.compile(pattern)
+    for pattern in (
+        r"\((\d+) in the messages",
+        r"(\d+) input tokens",
+        r"(\d+) tokens from the input",
+        r"(?:request|input) \((\d+) tokens",
+        r"resulted in (\d+) tokens",
+        r"Current length is (\d+)",
+        r"requested (\d+) tokens",
+    )
+]
+
+
+class Upstream:
+    """`base_url` is asked at every call, because a restarted engine may have another port; it raises EngineDown.
+
+    Make it inside a running event loop. `key` goes out as a bearer token, and nowhere else.
+    """
+
+    def __init__(self, name: str, model: str, base_url: Callable[[], str], key: str = "") -> None:
+        self.name = name
+        self._model = model
+        self._base_url = base_url
+        # force_close: llama.cpp closes the socket after a stream although it promised to keep it alive, so that every
+        # second request on a pooled connection fails (b11549)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            headers={"authorization": f"Bearer {key}"} if key else None,
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def _ask(self, base: str, path: str, body: Json | None = None) -> Json:
+        """GET, or POST when there is a body."""
+        try:
+            method = "GET" if body is None else "POST"
+            async with self._session.request(method, base + path, json=body, timeout=QUICK) as response:
+                if response.status != 200:
+                    raise (await refusal(response)).error()
+                data = await response.json(content_type=None)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise self._down(error) from error
+        return data if isinstance(data, dict) else {}
+
+    async def _number(self, path: str, body: Json, key: str) -> int | None:
+        """A count that the engine answers with under that key; None when it has no such path."""
+        async with self._post(path, body, QUICK) as response:
+            if response.status in (404, 405):
+                return None
+            if response.status != 200:
+                raise (await refusal(response)).error()
+            try:
+                return int((await response.json(content_type=None))[key])
+            except (aiohttp.ClientError, OSError) as error:
+                raise self._down(error) from error
+            except (KeyError, TypeError, ValueError) as error:
+                raise EngineBroke(f"{self.name} counts in a way that makes no sense") from error
+
+    @asynccontextmanager
+    async def _post(
+        self, path: str, body: Json, timeout: aiohttp.ClientTimeout
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        # lone surrogates are legal in JSON and in str, but not in the UTF-8 that the engine gets
+        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        try:
+            response = await self._session.post(
+                self._base_url() + path,
+                data=io.BytesIO(data),  # bytes over 1 MB draw a warning
+                headers={"content-type": "application/json"},
+                timeout=timeout,
+            )
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._down(error) from error
+        try:
+            yield response
+        finally:
+            # not release(): an answer that nobody reads any more must stop being generated now
+            response.close()
+
+    def _down(self, error: Exception) -> EngineDown:
+        return EngineDown(f"{self.name} does not answer: {error or type(error).__name__}")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An engine's error. `prompt` and `limit` in tokens, 0 where it tells none; `kinds`: its type and its code."""
+
+    status: int
+    message: str
+    kinds: frozenset[str] = frozenset()
+    prompt: int = 0
+    limit: int = 0
+    retry_after: int | None = None
+
+    @property
+    def about_length(self) -> bool:
+        return bool(self.limit) or bool(self.kinds & {"exceed_context_size_error", "context_length_exceeded"})
+
+    def error(self, otherwise: type[EngineDown] | type[EngineBroke] = EngineDown) -> ProxyError:
+        """In our words: `otherwise` for what may pass, 400 for the rest, because its 500 comes again at every retry."""
+        reason = f"the engine says: {self.message}"
+        if self.about_length:
+            return self._too_long(reason)
+        if self.status in (401, 403):
+            # not its own words, which may quote the key; not its 401 either, which would speak of the client's token
+            return ProxyError(403, "permission_error", f"the engine refuses our API key ({self.status})", final=True)
+        if self.status == 413:
+            return ProxyError(413, "request_too_large", self.message)
+        passing = self.status in PASSING or self.kinds & {"unavailable_error", "overloaded_error"}
+        if not passing or "insufficient_quota" in self.kinds:
+            return invalid(reason)
+        if otherwise is EngineDown and self.retry_after is not None:
+            return EngineDown(reason, self.retry_after)
+        return otherwise(reason)
+
+    def _too_long(self, reason: str) -> ProxyError:
+        if not (self.prompt and self.limit):
+            return invalid(f"prompt is too long: {reason}")
+        if self.prompt < self.limit:
+            return invalid(f"input length and `max_tokens` exceed context limit of {self.limit}: {reason}")
+        return too_long(self.prompt, self.limit)
+
+
+async def refusal(response: aiohttp.ClientResponse) -> Refusal:
+    """What a status that is not 200 says."""
+    try:
+        raw = await response.content.read(65536)
+    except (aiohttp.ClientError, OSError):
+        raw = b""
+    try:
+        data = json.loads(raw)
+    except ValueError:
+        data = raw.decode("utf-8", "replace").strip()
+    retry_after = response.headers.get("retry-after", "")
+    return explained(response.status, data, int(retry_after) if retry_after.isdecimal() else None)
+
+
+def explained(status: int, data: Any, retry_after: int | None = None) -> Refusal:
+    """An error body of any dialect: OpenAI's, vLLM's and Cerebras's flat ones, FastAPI's, mere text."""
+    error = data.get("error", data) if isinstance(data, dict) else data
+    error = error if isinstance(error, dict) else {"message": error}
+    message = str(error.get("message") or error.get("detail") or f"status {status}")
+    return Refusal(
+        status,
+        message[:LONGEST_REASON],
+        frozenset(str(error[key]) for key in ("type", "code") if error.get(key)),
+        prompt=number(error, "n_prompt_tokens") or _first(PROMPTS, message),
+        limit=number(error, "n_ctx") or _first([LIMITS], message),
+        retry_after=retry_after,
+    )
+
+
+def template_arguments(request: Request) -> Json:
+    """What servers that render a chat template hand to it. Those of llama.cpp think only when told so here (b11549)."""
+    # an answer that was begun for it is past its thoughts
+    thinking = False if request.prefill else request.thinking
+    effort = EFFORTS.get(request.effort)
+    arguments = {"enable_thinking": thinking, "reasoning_effort": effort}
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def number(data: Json, key: str) -> int:
+    value = data.get(key)
+    return value if isinstance(value, int) else 0
+
+
+def _first(patterns: list[re.Pattern[str]], text: str) -> int:
+    return next((int(match[1]) for pattern in patterns if (match := pattern.search(text))), 0)
+
+
+class Prefill:
+    """Takes the prefilled beginning off the answer, which llama.cpp repeats."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._seen = 0
+
+    def without(self, event: AnswerEvent) -> list[AnswerEvent]:
+        rest = self._text[self._seen :]
+        if not rest or isinstance(event, Prompt | Thinking):
+            return [event]
+        if not isinstance(event, Text):
+            # an answer that ends here, or goes on with a call, was no repetition
+            return [*self._given_back(), event]
+        if rest.startswith(event.text):
+            self._seen += len(event.text)
+            return []
+        if event.text.startswith(rest):
+            self._seen = len(self._text)
+            return [Text(event.text[len(rest) :])]
+        return [*self._given_back(), event]
+
+    def _given_back(self) -> list[AnswerEvent]:
+        swallowed, self._text = self._text[: self._seen], ""
+        return [Text(swallowed)] if swallowed else []
