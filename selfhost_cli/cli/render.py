@@ -271,11 +271,17 @@ def _status(value: state.Status) -> None:
         ("engine", escape(_engine(value))),
         ("tunnel", escape(f"{value.tunnel} {value.reason}".strip() + (f", {value.url}" if value.url else ""))),
         ("proxy", str(value.box.get("status") or "not asked")),
-        ("tokens", f"{usage.input_tokens} in, {usage.output_tokens} out, {usage.requests} requests"),
+        ("tokens", f"{usage.input_tokens} in, {usage.output_tokens} out, {usage.requests} requests{_repaired(value)}"),
         ("so far", f"${value.so_far.total:.4f} in {value.so_far.hours:.2f} h, traffic not counted"),
         ("ends by itself", _caps(rental.caps)),
     ):
         out.print(f"[bold]{name:<14}[/]  {text}")
+
+
+def _repaired(value: state.Status) -> str:
+    """Calls that the model wrote as text, since the proxy on the box was started."""
+    count = (value.box.get("usage") or {}).get("repaired_calls")
+    return f", {count} calls repaired" if count else ""
 
 
 def _engine(value: state.Status) -> str:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
+from functools import cached_property
 from itertools import accumulate
 
 from selfhost_cli.proxy.contract import Json, Request
 
-PER_MESSAGE = 64
+PER_PART = 64
 """Tokens that a template may put around a message or a tool, generously."""
 REMEMBERED = 256
 TOKENS_PER_BYTE = 0.3
-"""Of JSON, before anything was measured; code and English have about 3.5 bytes a token."""
-LEAST, MOST = 0.12, 1.0
+"""Of a body, before anything was measured; code and English have about 3.5 bytes a token."""
+LEAST, MOST = 0.1, 1.0
 
 
 class Lengths:
@@ -28,37 +29,61 @@ class Lengths:
         self._known: OrderedDict[bytes, int] = OrderedDict()
         self._ratio = TOKENS_PER_BYTE
 
-    def bound(self, request: Request) -> int:
+    def of(self, request: Request, size: int) -> Length:
+        """For one request, whose body has `size` bytes."""
+        return Length(self, request, size)
+
+
+class Length:
+    """One prompt's. Reading it all again is put off until the size of its body no longer says enough."""
+
+    def __init__(self, lengths: Lengths, request: Request, size: int) -> None:
+        self._lengths = lengths
+        self._request = request
+        self._size = size
+
+    def fits(self, limit: int) -> bool:
+        """Certainly; False says nothing yet."""
+        return self._size + self._around <= limit or self.bound <= limit
+
+    @property
+    def bound(self) -> int:
         """At most so many tokens."""
-        sizes, digests = _measure(request)
+        sizes, digests = self._parts
         for end in range(len(sizes), 0, -1):
-            if (known := self._known.get(digests[end - 1])) is not None:
+            if (known := self._lengths._known.get(digests[end - 1])) is not None:
                 return known + sum(sizes[end:])
         return sum(sizes)
 
-    def learn(self, request: Request, tokens: int) -> None:
-        """The engine says that this prompt has so many tokens."""
+    @property
+    def estimate(self) -> int:
+        """A guess, by what the last prompt turned out to have; never above the bound."""
+        return max(1, min(self.bound, round(self._size * self._lengths._ratio)))
+
+    def learn(self, tokens: int, limit: int) -> None:
+        """The engine says that this prompt has so many tokens. Short ones are not kept: they and what follows fit."""
         if tokens <= 0:
             return
-        sizes, digests = _measure(request)
-        self._known[digests[-1]] = tokens
-        self._known.move_to_end(digests[-1])
-        while len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
-        self._ratio = min(MOST, max(LEAST, tokens / sum(sizes)))
+        self._lengths._ratio = min(MOST, max(LEAST, tokens / self._size))
+        if self._size < limit // 2:
+            return
+        known, digest = self._lengths._known, self._parts[1][-1]
+        known[digest] = tokens
+        known.move_to_end(digest)
+        while len(known) > REMEMBERED:
+            known.popitem(last=False)
 
-    def estimate(self, request: Request) -> int:
-        """A guess, by what the last prompt turned out to have; never above the bound."""
-        sizes, _ = _measure(request)
-        return max(1, min(self.bound(request), round(sum(sizes) * self._ratio)))
+    @property
+    def _around(self) -> int:
+        return PER_PART * (1 + len(self._request.tools) + len(self._request.messages))
 
-
-def _measure(request: Request) -> tuple[list[int], list[bytes]]:
-    """Per part (system and tools, then each message): the most tokens it can have, and the digest up to its end."""
-    head: list[Json] = [{"system": request.system, "schema": request.schema}, *request.tools]
-    parts = [json.dumps(head, ensure_ascii=False), *(json.dumps(one, ensure_ascii=False) for one in request.messages)]
-    data = [part.encode("utf-8", "replace") for part in parts]
-    sizes = [len(part) + PER_MESSAGE for part in data]
-    sizes[0] += PER_MESSAGE * len(request.tools)
-    digests = accumulate(data, lambda before, part: hashlib.sha256(before + part).digest(), initial=b"")
-    return sizes, list(digests)[1:]
+    @cached_property
+    def _parts(self) -> tuple[list[int], list[bytes]]:
+        """Per part (system and tools, then each message): the most tokens it can have, and the digest up to its end."""
+        request = self._request
+        head: list[Json] = [{"system": request.system, "schema": request.schema}, *request.tools]
+        parts = [json.dumps(part, ensure_ascii=False).encode("utf-8", "replace") for part in (head, *request.messages)]
+        sizes = [len(part) + PER_PART for part in parts]
+        sizes[0] += PER_PART * len(request.tools)
+        digests = accumulate(parts, lambda before, part: hashlib.sha256(before + part).digest(), initial=b"")
+        return sizes, list(digests)[1:]

@@ -14,7 +14,7 @@ from selfhost_cli.proxy import contract
 from selfhost_cli.proxy.admission import Admission
 from selfhost_cli.proxy.answer import Narrator, collect
 from selfhost_cli.proxy.contract import Json, Request
-from selfhost_cli.proxy.engines import Done, Engine, Health
+from selfhost_cli.proxy.engines import Done, Engine, Health, Prompt
 from selfhost_cli.proxy.errors import (
     OVERLOADED,
     EngineBroke,
@@ -22,10 +22,12 @@ from selfhost_cli.proxy.errors import (
     not_found,
     too_long,
 )
-from selfhost_cli.proxy.length import Lengths
+from selfhost_cli.proxy.length import Length, Lengths
+from selfhost_cli.proxy.metrics import CONTENT_TYPE, Metrics
 from selfhost_cli.proxy.rescue import Rescue
 from selfhost_cli.proxy.rundir import RunDir
 from selfhost_cli.proxy.web import (
+    AUXILIARY,
     PING_EVERY,
     EventStream,
     application,
@@ -65,15 +67,17 @@ class _EngineSide:
         self._engine = engine
         self._run = run
         self._admission = Admission(settings.slots)
+        self._metrics = Metrics(self._admission)
         self._clients = 0
         self._usage = {"requests": 0, "input_tokens": 0, "output_tokens": 0, "repaired_calls": 0}
         self._lengths = Lengths()
 
     def application(self) -> web.Application:
-        app = application(self._settings.token)
+        app = application(self._settings.token, observe=self._metrics.observe)
         app.router.add_get("/", self._hello)
         app.router.add_get("/api/hello", self._hello)
         app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._tell_metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{id:.+}", self._model)
         app.router.add_post("/v1/messages", self._messages)
@@ -121,27 +125,32 @@ class _EngineSide:
         }
         return web.json_response(body, status=200 if up else 503)
 
+    async def _tell_metrics(self, http: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.page(), headers={"content-type": CONTENT_TYPE})
+
     async def _count(self, http: web.Request) -> web.Response:
-        trace().cls = "count"
-        request = contract.parse(await read_body(http))
+        trace().cls = "probe" if is_probe(http) else "count"
+        body = await read_body(http)
+        request = contract.parse(body)
         tokens = await self._engine.count(request)
         if tokens is not None:
-            self._lengths.learn(request, tokens)
             return web.json_response({"input_tokens": tokens})
         # Claude Code shows it in /context; a 404 would leave that empty.
-        return web.json_response({"input_tokens": self._lengths.estimate(request), "estimated": True})
+        return web.json_response({"input_tokens": self._lengths.of(request, len(body)).estimate, "estimated": True})
 
     async def _messages(self, http: web.Request) -> web.StreamResponse:
         trace().cls = request_class(http)
         with self._serving(probe=is_probe(http)):
-            request = contract.parse(await read_body(http))
+            body = await read_body(http)
+            request = contract.parse(body)
+            length = self._lengths.of(request, len(body))
             trace().notes = request.notes
             with self._admission.place():
-                await self._check_length(request)
+                await self._check_length(request, length)
                 self._usage["requests"] += 1
                 if request.stream:
-                    return await self._stream(http, request)
-                return await self._whole(request)
+                    return await self._stream(http, request, length)
+                return await self._whole(request, length)
 
     @contextmanager
     def _serving(self, *, probe: bool) -> Iterator[None]:
@@ -157,23 +166,23 @@ class _EngineSide:
             self._clients -= 1
             self._run.touch_activity()
 
-    async def _check_length(self, request: Request) -> None:
+    async def _check_length(self, request: Request, length: Length) -> None:
         """Before the 200, so that it is a real status, and so is an engine that is down."""
         limit = await self._engine.context()
-        if self._lengths.bound(request) <= limit:
+        if length.fits(limit):
             return
         tokens = await self._engine.count(request)
         if tokens is None:
             return  # it refuses by itself what does not fit
-        self._lengths.learn(request, tokens)
+        length.learn(tokens, limit)
         if tokens > limit:
             raise too_long(tokens, limit)
 
-    async def _stream(self, http: web.Request, request: Request) -> web.StreamResponse:
+    async def _stream(self, http: web.Request, request: Request, length: Length) -> web.StreamResponse:
         narrator = Narrator(self._settings.model)
         async with EventStream(http, self._settings.ping_every) as stream:
             try:
-                async with aclosing(self._answer(request, narrator)) as answer:
+                async with aclosing(self._answer(request, length, narrator)) as answer:
                     async for event in answer:
                         await stream.send(event)
             except ProxyError as error:
@@ -181,19 +190,24 @@ class _EngineSide:
                 await stream.send(_event_of(error, narrator))
         return stream.response
 
-    async def _whole(self, request: Request) -> web.Response:
+    async def _whole(self, request: Request, length: Length) -> web.Response:
         narrator = Narrator(self._settings.model)
-        message = collect([event async for event in self._answer(request, narrator)])
+        message = collect([event async for event in self._answer(request, length, narrator)])
         return web.json_response(message, headers={"request-id": trace().id})
 
-    async def _answer(self, request: Request, narrator: Narrator) -> AsyncGenerator[Json]:
+    async def _answer(self, request: Request, length: Length, narrator: Narrator) -> AsyncGenerator[Json]:
         """Wait for a slot and tell what the engine says. Leaving it early cancels the generation."""
         rescue = Rescue([*request.tools, *request.deferred.values()])
         try:
-            async with self._admission.turn():
-                trace().mark_turn()
+            trace().mark("queued")
+            async with self._admission.turn(auxiliary=trace().cls == AUXILIARY):
+                trace().mark("turn")
                 async with aclosing(self._engine.messages(request)) as events:
                     async for event in events:
+                        if not isinstance(event, Prompt):
+                            trace().mark("heard")
+                        if isinstance(event, Done):
+                            trace().mark("done")
                         for told in (told for kept in rescue.feed(event) for told in narrator.tell(kept)):
                             trace().mark_first()
                             yield told
@@ -201,8 +215,8 @@ class _EngineSide:
                             break
             if not narrator.finished:
                 raise EngineBroke("the engine stopped in the middle of the answer")
+            length.learn(narrator.prompt.total, await self._engine.context())
         finally:
-            self._lengths.learn(request, narrator.prompt.total if narrator.finished else 0)
             self._usage["repaired_calls"] += rescue.repaired
             trace().repaired = rescue.repaired
             self._record(narrator)

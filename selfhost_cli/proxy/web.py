@@ -6,8 +6,10 @@ import asyncio
 import hmac
 import logging
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Literal
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -19,6 +21,12 @@ from selfhost_cli.proxy.errors import INVALID, ProxyError, new_request_id, not_f
 MAX_BODY = 32 * 2**20
 PING_EVERY = 5.0
 PUBLIC = frozenset({"/", "/api/hello"})
+AUXILIARY = "auxiliary"
+CLASSES = frozenset({"main", "subagent", "workflow", "compaction", AUXILIARY, "side_reply"})
+"""What Claude Code knows."""
+
+Moment = Literal["began", "queued", "turn", "heard", "first", "done"]
+"""Of a request: came, waited for a slot, got it, the engine's first output, the client's first, the engine's end."""
 
 log = logging.getLogger("selfhost.proxy")
 _TRACE: ContextVar[Trace] = ContextVar("trace")
@@ -34,22 +42,31 @@ class Trace:
     input_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
-    began: float = field(default_factory=time.monotonic)
     repaired: int = 0
     notes: tuple[str, ...] = ()
     """What of the request was left out, without its text."""
-    waited: float | None = None
-    first: float | None = None
+    moments: dict[Moment, float] = field(default_factory=lambda: {"began": time.monotonic()})
 
-    def mark_turn(self) -> None:
-        self.waited = time.monotonic() - self.began
+    def mark(self, moment: Moment) -> None:
+        """It is now, unless it was before."""
+        if moment not in self.moments:
+            self.moments[moment] = time.monotonic()
 
     def mark_first(self) -> None:
-        if self.first is None:
-            self.first = time.monotonic() - self.began
+        self.mark("first")
+
+    def seconds(self, since: Moment, until: Moment) -> float | None:
+        """Between the two; None when one of them never came."""
+        if since in self.moments and until in self.moments:
+            return self.moments[until] - self.moments[since]
+        return None
 
     def line(self, http: web.Request, status: int) -> str:
-        times = {"wait": self.waited, "first": self.first, "total": time.monotonic() - self.began}
+        times = {
+            "wait": self.seconds("queued", "turn"),
+            "first": self.seconds("began", "first"),
+            "total": time.monotonic() - self.moments["began"],
+        }
         return " ".join(
             [
                 f"id={self.id} {http.method} {http.path!r} class={self.cls} status={status}",
@@ -77,12 +94,17 @@ def request_class(http: web.Request) -> str:
     if is_probe(http):
         return "probe"
     name = http.headers.get("x-claude-code-request-class", "main")
-    return name if name.isascii() and name.isalpha() and len(name) <= 20 else "other"
+    return name if name in CLASSES else "other"
 
 
-def application(token: str, public: frozenset[str] = PUBLIC) -> web.Application:
-    """An empty one that checks the token, words every failure as Anthropic's, and logs."""
-    return web.Application(middlewares=[_gate(token, public)], client_max_size=MAX_BODY)
+def application(
+    token: str, public: frozenset[str] = PUBLIC, observe: Callable[[Trace], None] | None = None
+) -> web.Application:
+    """An empty one that checks the token, words every failure as Anthropic's, and logs.
+
+    `observe` gets every request when it has ended.
+    """
+    return web.Application(middlewares=[_gate(token, public, observe)], client_max_size=MAX_BODY)
 
 
 def runner(app: web.Application) -> web.AppRunner:
@@ -143,7 +165,7 @@ class EventStream:
                 return
 
 
-def _gate(token: str, public: frozenset[str]) -> Middleware:
+def _gate(token: str, public: frozenset[str], observe: Callable[[Trace], None] | None) -> Middleware:
     @web.middleware
     async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
         traced = Trace()
@@ -168,6 +190,8 @@ def _gate(token: str, public: frozenset[str]) -> Middleware:
             return _answer(ProxyError(500, "api_error", "the proxy failed; its log says why"), traced)
         finally:
             log.info("%s", traced.line(request, status))
+            if observe:
+                observe(traced)
 
     return gate
 

@@ -40,7 +40,10 @@ from selfhost_cli.errors import NotSetUp, SelfhostError
 Report = Callable[[str], None]
 
 # What install.sh is told to install into the venvs of a box's two parts.
-BOX_REQUIREMENTS: Final = {"proxy": "aiohttp==3.14.5", "engine": "xllamacpp==2026.10.11549"}
+BOX_REQUIREMENTS: Final = {
+    "proxy": "aiohttp==3.14.5 prometheus-client==0.26.0",
+    "engine": "xllamacpp==2026.10.11549",
+}
 CLAUDE_VERSION: Final = "2.1.330"
 OLLAMA_ARCHIVE: Final = "ollama-linux-amd64.tar.zst"
 
@@ -110,7 +113,7 @@ def default_sources() -> Sources:
             requirements=requirements,
         ),
         wheels=(
-            (BOX_REQUIREMENTS["proxy"],),
+            tuple(BOX_REQUIREMENTS["proxy"].split()),
             (f"{BOX_REQUIREMENTS['engine']} --hash=sha256:{_ENGINE_SHA256}",),
         ),
         claude_spec=f"@anthropic-ai/claude-code@{CLAUDE_VERSION}",

@@ -9,57 +9,62 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfhost_cli.proxy import contract
-from selfhost_cli.proxy.contract import Request
-from selfhost_cli.proxy.length import REMEMBERED, Lengths
+from selfhost_cli.proxy.length import REMEMBERED, Length, Lengths
+
+LIMIT = 4096
 
 
-def request(*texts: str, **fields: Any) -> Request:
+def of(lengths: Lengths, *texts: str, **fields: Any) -> Length:
     roles = ("user", "assistant")
     messages = [{"role": roles[turn % 2], "content": text} for turn, text in enumerate(texts)]
-    return contract.parse(json.dumps({"messages": messages, **fields}).encode())
+    body = json.dumps({"messages": messages, **fields}).encode()
+    return lengths.of(contract.parse(body), len(body))
 
 
 @given(st.lists(st.text(min_size=1, max_size=50).filter(str.strip), min_size=1, max_size=6), st.text(max_size=50))
 def test_the_bound_is_never_below_the_bytes(texts: list[str], system: str) -> None:
     said = sum(len(text.encode("utf-8", "replace")) for text in [*texts, system])
-    assert Lengths().bound(request(*texts, system=system)) >= said
+    length = of(Lengths(), *texts, system=system)
+    assert length.bound >= said
+    assert not length.fits(said)
+    assert length.fits(length.bound)
 
 
 def test_what_was_learned_of_a_beginning_holds_for_what_continues_it() -> None:
     lengths = Lengths()
-    lengths.learn(request("word " * 1000), 1005)
-    assert lengths.bound(request("word " * 1000)) == 1005
-    assert 1005 < lengths.bound(request("word " * 1000, "Fine.", "Go on.")) < 1500
+    of(lengths, "word " * 1000).learn(1005, LIMIT)
+    assert of(lengths, "word " * 1000).bound == 1005
+    assert 1005 < of(lengths, "word " * 1000, "Fine.", "Go on.").bound < 1500
+    assert of(lengths, "word " * 1000, "Fine.", "Go on.").fits(1500)
 
 
 def test_another_system_prompt_or_another_tool_is_another_beginning() -> None:
     lengths = Lengths()
-    lengths.learn(request("word " * 1000), 1005)
+    of(lengths, "word " * 1000).learn(1005, LIMIT)
     tool = {"name": "Read", "description": "", "input_schema": {"type": "object"}}
-    assert lengths.bound(request("word " * 1000, system="Be brief.")) > 5000
-    assert lengths.bound(request("word " * 1000, tools=[tool])) > 5000
-    assert lengths.bound(request("ward " * 1000)) > 5000
+    assert of(lengths, "word " * 1000, system="Be brief.").bound > 5000
+    assert of(lengths, "word " * 1000, tools=[tool]).bound > 5000
+    assert of(lengths, "ward " * 1000).bound > 5000
 
 
 def test_the_guess_follows_what_was_measured_and_stays_below_the_bound() -> None:
     lengths = Lengths()
-    lengths.learn(request("word " * 1000), 1005)
-    guess = lengths.estimate(request("some " * 2000))
-    assert 1500 < guess < 2500
-    assert lengths.estimate(request("word " * 1000)) == 1005
-    assert lengths.estimate(request("x")) >= 1
+    of(lengths, "word " * 1000).learn(1005, LIMIT)
+    assert 1500 < of(lengths, "some " * 2000).estimate < 2500
+    assert of(lengths, "word " * 1000).estimate == 1005
+    assert of(lengths, "x").estimate >= 1
 
 
 def test_an_answer_that_was_not_finished_teaches_nothing() -> None:
     lengths = Lengths()
-    before = lengths.bound(request("hello"))
-    lengths.learn(request("hello"), 0)
-    assert lengths.bound(request("hello")) == before
+    before = of(lengths, "hello").bound
+    of(lengths, "hello").learn(0, LIMIT)
+    assert of(lengths, "hello").bound == before
 
 
 def test_old_prompts_are_forgotten() -> None:
     lengths = Lengths()
     for number in range(REMEMBERED + 10):
-        lengths.learn(request(f"number {number}"), 5)
-    assert lengths.bound(request("number 0")) > 5
-    assert lengths.bound(request(f"number {REMEMBERED + 9}")) == 5
+        of(lengths, f"number {number}").learn(5, 0)
+    assert of(lengths, "number 0").bound > 5
+    assert of(lengths, f"number {REMEMBERED + 9}").bound == 5

@@ -1,0 +1,278 @@
+"""What the proxy costs: time to first byte and requests per second, straight at a stub engine and through us.
+
+    .venv/bin/python benchmarks/proxy.py [--json] [--rounds N]
+
+The stub answers at once, as llama.cpp's server does, so all that is measured is on top of it. Every way gets the same
+80 KB request; the rounds go through all ways in turn, so that a busy moment meets all of them. Loopback, four
+processes: the load, the stub, the engine side (as it is shipped) and the front.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+TOKEN = "benchmark-token"
+MODEL = "stub"
+BODY_KB = 80
+ONE, MANY = 1, 64
+REQUESTS = {ONE: 60, MANY: 384}
+ADDED_GOAL_MS = 1.0
+ENGINE_SIDE_GOAL, BOTH_GOAL = 0.35, 0.25
+RSS_GOAL_MB = 80.0
+
+STUB = r"""
+import asyncio, json, sys
+from aiohttp import web
+def wire(name, **data):
+    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()
+usage = {"input_tokens": 20000, "cache_read_input_tokens": 0, "output_tokens": 0}
+message = {"id": "x", "type": "message", "role": "assistant", "content": [], "model": "stub", "usage": usage}
+pieces = [wire("message_start", message=message),
+          wire("content_block_start", index=0, content_block={"type": "text", "text": ""})]
+pieces += [wire("content_block_delta", index=0, delta={"type": "text_delta", "text": "word "}) for _ in range(20)]
+pieces += [wire("content_block_stop", index=0),
+           wire("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 20}),
+           wire("message_stop")]
+async def messages(http):
+    await http.read()
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(http)
+    for piece in pieces:
+        await response.write(piece)
+    await response.write_eof()
+    return response
+async def props(http):
+    return web.json_response({"default_generation_settings": {"n_ctx": 262144}, "total_slots": 64})
+async def count(http):
+    await http.read()
+    return web.json_response({"input_tokens": 20000})
+app = web.Application(client_max_size=2**26)
+app.router.add_get("/props", props)
+app.router.add_post("/v1/messages", messages)
+app.router.add_post("/v1/messages/count_tokens", count)
+async def main():
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+FRONT = r"""
+import asyncio, sys
+from aiohttp import web
+from selfhost_cli.proxy.front import Upstream, build_front
+from selfhost_cli.proxy.web import runner
+async def main():
+    target = Upstream(sys.argv[1], sys.argv[2], "benchmark")
+    app = runner(build_front(sys.argv[2], lambda: target, dict, lambda usage: None, {}))
+    await app.setup()
+    await web.TCPSite(app, "127.0.0.1", 0).start()
+    print(app.addresses[0][1], flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number. `spread` is the interquartile range over the rounds; `goal` is None for what is not ours."""
+
+    figure: str
+    value: float
+    unit: str
+    spread: float
+    goal: float | None
+    met: bool | None
+
+
+@dataclass
+class Way:
+    """One way to the stub. Per number of clients: p50 and p99 of the first byte (ms) and requests/s, a row a round."""
+
+    name: str
+    port: int
+    process: subprocess.Popen[str] | None = None
+    rows: dict[int, list[tuple[float, float, float]]] = field(default_factory=lambda: {ONE: [], MANY: []})
+
+    def column(self, clients: int, which: int) -> list[float]:
+        return [row[which] for row in self.rows[clients]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print a list of figures")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="selfhost-proxy-")))
+        ways = list(start(stack, place))
+        idle = {way.name: rss_mb(way) for way in ways if way.process}
+        for clients in (ONE, MANY):
+            for number in range(options.rounds + 1):
+                for way in ways[:: -1 if number % 2 else 1]:
+                    row = asyncio.run(load(way.port, clients, REQUESTS[clients]))
+                    if number:  # the first round fills caches
+                        way.rows[clients].append(row)
+        figures = summary(ways, idle)
+    figures.sort(key=lambda figure: (figure.met is None, figure.met))
+    print(json.dumps([asdict(one) for one in figures], indent=2) if options.json else table(figures))
+
+
+def start(stack: ExitStack, place: Path) -> Iterator[Way]:
+    _, port = stack.enter_context(running([sys.executable, "-c", STUB]))
+    yield Way("direct", port)
+    (place / "engine.port").write_text(str(port))
+    env = {"SELFHOST_TOKEN": TOKEN, "SELFHOST_MODEL": MODEL, "SELFHOST_ENGINE": "llamacpp"}
+    command = [sys.executable, "-m", "selfhost_cli.proxy", "--run-dir", str(place), "--slots", str(MANY)]
+    proxy, _ = stack.enter_context(running([*command, "--port", "0"], env, ready=place / "ready"))
+    box = int((place / "proxy.port").read_text())
+    yield Way("engine side", box, proxy)
+    front, port = stack.enter_context(running([sys.executable, "-c", FRONT, f"http://127.0.0.1:{box}", TOKEN]))
+    yield Way("engine side and front", port, front)
+
+
+@contextmanager
+def running(
+    command: Sequence[str], env: dict[str, str] | None = None, ready: Path | None = None
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that prints its port, or makes that file, once it serves."""
+    process = subprocess.Popen(
+        command,
+        env={"PATH": os.environ.get("PATH", os.defpath), **(env or {})},
+        cwd=Path(__file__).parent.parent,
+        stdout=None if ready else subprocess.PIPE,
+        stderr=subprocess.DEVNULL if ready else None,
+        text=True,
+    )
+    try:
+        if ready is None:
+            assert process.stdout
+            yield process, int(process.stdout.readline())
+            return
+        deadline = time.monotonic() + 30
+        while not ready.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"{' '.join(command)} did not come up")
+            time.sleep(0.05)
+        yield process, 0
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+# --- the load: plain sockets, so that little of what is measured is its own -------------------------------------------
+
+
+def request_bytes(port: int) -> bytes:
+    text = "def f(x):\n    return x + 1  # some code as it comes in a prompt\n" * (BODY_KB * 1000 // 64)
+    body = json.dumps(
+        {"model": MODEL, "max_tokens": 64, "stream": True, "messages": [{"role": "user", "content": text}]}
+    )
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {TOKEN}\r\n"
+    return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+async def load(port: int, clients: int, requests: int) -> tuple[float, float, float]:
+    """p50 and p99 of the time to the first event in ms, and requests per second."""
+    sent = request_bytes(port)
+    left = iter(range(requests))
+    firsts: list[float] = []
+
+    async def client() -> None:
+        for _ in left:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            began = time.perf_counter()
+            writer.write(sent)
+            status = await reader.readuntil(b"\r\n\r\n")
+            if b" 200 " not in status.partition(b"\r\n")[0]:
+                sys.exit(f"answered {status[:200]!r}")
+            seen = b""
+            while b"event: message_start" not in seen:
+                seen += await reader.read(65536)
+            firsts.append((time.perf_counter() - began) * 1000)
+            while b"message_stop" not in seen[-400:]:
+                data = await reader.read(65536)
+                if not data:
+                    sys.exit("the answer broke off")
+                seen = seen[-400:] + data
+            writer.close()
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    took = time.perf_counter() - began
+    firsts.sort()
+    return statistics.median(firsts), firsts[min(len(firsts) - 1, int(len(firsts) * 0.99))], requests / took
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def summary(ways: Sequence[Way], idle: dict[str, float]) -> list[Figure]:
+    direct, engine, both = ways
+    figures = []
+    for before, way in ((direct, engine), (engine, both)):
+        added = [b - a for a, b in zip(before.column(ONE, 0), way.column(ONE, 0), strict=True)]
+        figures.append(figure(f"added at p50, 1 client, by {hop(way)}", added, "ms", ADDED_GOAL_MS))
+    for way, goal in ((engine, ENGINE_SIDE_GOAL), (both, BOTH_GOAL)):
+        share = [b / a for a, b in zip(direct.column(MANY, 2), way.column(MANY, 2), strict=True)]
+        figures.append(figure(f"throughput of direct, 64 clients, {way.name}", share, "×", goal, more=True))
+    figures += [figure(f"RSS idle, {hop(way)}", [idle[way.name]], "MB", RSS_GOAL_MB) for way in (engine, both)]
+    for way in ways:
+        for clients in (ONE, MANY):
+            figures.append(figure(f"first event p50, {clients} clients, {way.name}", way.column(clients, 0), "ms"))
+            figures.append(figure(f"first event p99, {clients} clients, {way.name}", way.column(clients, 1), "ms"))
+            figures.append(figure(f"requests/s, {clients} clients, {way.name}", way.column(clients, 2), "1/s"))
+        if way.process:
+            figures.append(figure(f"RSS after the load, {hop(way)}", [rss_mb(way)], "MB"))
+    return figures
+
+
+def hop(way: Way) -> str:
+    return "the front" if way.name.endswith("front") else "the engine side"
+
+
+def figure(name: str, values: Sequence[float], unit: str, goal: float | None = None, *, more: bool = False) -> Figure:
+    value = statistics.median(values)
+    quarters = statistics.quantiles(values, n=4) if len(values) > 1 else [value] * 3
+    met = None if goal is None else (value >= goal if more else value <= goal)
+    return Figure(name, round(value, 3), unit, round(quarters[2] - quarters[0], 3), goal, met)
+
+
+def rss_mb(way: Way) -> float:
+    assert way.process
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{way.process.pid}/status").read_text())
+    assert found
+    return int(found[1]) / 1000
+
+
+def table(figures: Sequence[Figure]) -> str:
+    rows: list[tuple[str, ...]] = [("figure", "median", "spread", "goal", "")]
+    for one in figures:
+        sign = "≥" if one.unit == "×" else "≤"
+        goal = "" if one.goal is None else f"{sign} {one.goal:g} {one.unit}"
+        met = {True: "met", False: "MISSED", None: ""}[one.met]
+        rows.append((one.figure, f"{one.value:.2f} {one.unit}", f"{one.spread:.2f} {one.unit}", goal, met))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+if __name__ == "__main__":
+    main()
