@@ -140,7 +140,9 @@ class Settings:
     model_bytes: int = _setting(19_000_000_000, "size of the model, when no registry can be asked for it")
     context: int = _setting(65_536, "context window in tokens")
     pip_args: str = _setting("", "arguments for pip on the box")
-    proxy_requirements: str = _setting("aiohttp==3.14.5 prometheus-client==0.26.0", "what the proxy on the box is run with")
+    proxy_requirements: str = _setting(
+        "aiohttp==3.14.5 prometheus-client==0.26.0", "what the proxy on the box is run with"
+    )
     engine_requirements: str = _setting("xllamacpp==2026.10.11549", "what llamacpp is installed from")
     port: int = _setting(8001, "the local port Claude Code talks to; the next free one when taken")
     claude: str = _setting("", "path of the claude command; default: looked for")

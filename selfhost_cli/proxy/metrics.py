@@ -5,7 +5,8 @@ Some of what is of interest is a quotient of two of them:
     reused part of the prompts   selfhost_cached_tokens_total / selfhost_input_tokens_total
     tokens per second            selfhost_output_tokens_total / selfhost_engine_seconds_total{phase="answer"}
 
-An engine that keeps a tool call back until it is whole (Ollama) shows it as time of the phase "prompt".
+What an engine spends on a tool call that it tells only when it is whole (Ollama) counts as "prompt" when nothing was
+said before it; tokens per second read too high then.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from pathlib import Path
 from selfhost_cli.proxy.errors import EngineDown
 
 HOST = "127.0.0.1"
+UNREAD = 2**17
+"""Bytes that the kernel may keep for a client that does not read (Linux doubles it). By itself it would keep 4 MB."""
 
 
 class RunDir:
@@ -54,6 +56,7 @@ def _first_free(ports: list[int]) -> socket.socket:
     for port in ports:
         candidate = socket.socket()
         candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        candidate.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)  # what it accepts inherits it
         try:
             candidate.bind((HOST, port))
             # a port can be bound twice before one of the two listens
