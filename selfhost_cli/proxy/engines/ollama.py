@@ -29,6 +29,7 @@ from selfhost_cli.proxy.engines import (
     ToolCall,
     ToolInput,
 )
+from selfhost_cli.proxy.engines.upstream import READ_AHEAD
 from selfhost_cli.proxy.errors import EngineBroke, EngineDown, ProxyError, invalid, too_long
 
 QUICK = aiohttp.ClientTimeout(total=30, connect=5)
@@ -81,7 +82,8 @@ class OllamaEngine:
         self._loaded: dict[str, _Model] = {}
         self._shown: tuple[str, Json] | None = None
         # a pooled connection may turn out to be dead only when a prompt was sent on it, and may then not be sent again
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        self._session = aiohttp.ClientSession(connector=connector, read_bufsize=READ_AHEAD)
 
     async def health(self) -> Health:
         base = self._base_url()

@@ -18,6 +18,8 @@ from selfhost_cli.proxy.errors import EngineBroke, EngineDown, ProxyError, inval
 
 QUICK = aiohttp.ClientTimeout(total=30, connect=5)
 PATIENT = aiohttp.ClientTimeout(total=None, connect=5)
+READ_AHEAD = 2**14
+"""Bytes; twice that and what one more read brings is kept of an answer whose client reads slowly."""
 EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 PASSING = (408, 425, 429, 502, 503, 504, 529)
 # some echo the request in what they say of it, and no prompt may get into a log
@@ -53,6 +55,7 @@ class Upstream:
         # second request on a pooled connection fails (b11549)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            read_bufsize=READ_AHEAD,
             headers={"authorization": f"Bearer {key}"} if key else None,
         )
 
