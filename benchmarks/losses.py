@@ -1,0 +1,484 @@
+"""What raw Ollama loses between a model and Claude Code, beside what is lost through us: one table.
+
+    .venv/bin/python benchmarks/losses.py [--json] [--only shapes|tasks] [--cache DIR]
+
+One server of the real Ollama (scripts/ollama builds it), with a small model at temperature 0, is asked the same things
+twice: at its own /v1/messages, and at the proxy's as a box runs it. `shapes` are five losses asked for directly;
+`tasks` are ten one-step tool tasks of the real Claude Code, launched the same way on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from selfhost_cli import claude, config
+from selfhost_cli.sandbox import assets, demo, registry
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+CONTEXT = 8192
+TOKEN = "losses-token"
+TINY, CODER, NATIVE = "qwen-tiny", "qwen-coder", "qwen-native"
+
+# Ollama's own renderer and parser for qwen3-coder, over a model that leaves out <tool_call> as qwen3-coder itself does.
+CODER_MODELFILE = """FROM ./model.gguf
+RENDERER qwen3-coder
+PARSER qwen3-coder
+PARAMETER temperature 0
+"""
+NATIVE_MODELFILE = "FROM ./model.gguf\nPARAMETER temperature 0\n"
+MODELFILES = {TINY: registry.MODELFILE.read_text("utf-8"), CODER: CODER_MODELFILE, NATIVE: NATIVE_MODELFILE}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One count. `spread` is 0: at temperature 0 every run gives the same; `goal` is None for what is not ours."""
+
+    figure: str
+    value: float
+    unit: str
+    spread: float
+    goal: float | None
+    met: bool | None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How often something was lost on either side, of how many; `why` is what was seen, where that says more."""
+
+    what: str
+    of: int
+    raw: int
+    ours: int
+    unit: str = ""
+    why: str = ""
+
+    def figures(self) -> list[Figure]:
+        name = f"{self.what}, of {self.of}{self.unit and ' ' + self.unit}"
+        unit = self.unit or "times"
+        return [
+            Figure(f"{name}: ours", self.ours, unit, 0, 0, self.ours == 0),
+            Figure(f"{name}: raw Ollama", self.raw, unit, 0, None, None),
+        ]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Where to ask. `name` is "raw" or "ours"."""
+
+    name: str
+    url: str
+
+    def ask(self, body: Json) -> httpx.Response:
+        """POST /v1/messages, to its end."""
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        return httpx.post(f"{self.url}/v1/messages", json=body, headers=headers, timeout=300, trust_env=False)
+
+    def message(self, body: Json) -> Json:
+        answer: Json = self.ask(body).raise_for_status().json()
+        return answer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print a list of figures")
+    parser.add_argument("--only", choices=("shapes", "tasks"), help="one half of it")
+    parser.add_argument("--cache", type=Path, default=config.paths("default", os.environ).cache)
+    options = parser.parse_args()
+    if not (built := assets.built_ollama(options.cache)):
+        sys.exit("the real Ollama is not built: run scripts/ollama")
+    made = assets.ensure(options.cache, lambda line: None)
+    with tempfile.TemporaryDirectory(prefix="selfhost-losses-") as place:
+        losses = measure(Path(place), built / "bin" / "ollama", made, options.only)
+    if options.json:
+        figures = [figure for loss in losses for figure in loss.figures()]
+        figures.sort(key=lambda figure: (figure.met is None, figure.met))
+        print(json.dumps([asdict(figure) for figure in figures], indent=2))
+    else:
+        print(table(losses))
+
+
+def measure(place: Path, program: Path, made: assets.Assets, only: str | None) -> list[Loss]:
+    losses: list[Loss] = []
+    with serving(place, program, made.model) as raw:
+        if only != "tasks":
+            for model, look in SHAPES:
+                with proxied(place, raw, model) as ours:
+                    losses.append(look(raw, ours))
+                    say(f"{losses[-1]}")
+        if only != "shapes":
+            for model in (TINY, CODER):
+                with proxied(place, raw, model) as ours:
+                    losses += tasks(place, made.claude, model, raw, ours)
+                    for loss in losses[-3:]:
+                        say(f"{loss}")
+    return losses
+
+
+def table(losses: Sequence[Loss]) -> str:
+    rows = [("lost", "of", "raw Ollama", "ours", "")]
+    for loss in sorted(losses, key=lambda loss: not loss.ours):
+        verdict = "MISSED" if loss.ours else "met"
+        rows.append((loss.what, f"{loss.of} {loss.unit}".strip(), str(loss.raw), str(loss.ours), verdict))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# --- what is lost -------------------------------------------------------------------------------------------------
+
+
+def tool(name: str, *keys: str) -> Json:
+    properties = {key: {"type": "string"} for key in keys}
+    schema = {"type": "object", "properties": properties, "required": list(keys)}
+    return {"name": name, "description": f"{name} a file", "input_schema": schema}
+
+
+def user(text: str) -> list[Json]:
+    return [{"role": "user", "content": text}]
+
+
+TOOLS = [tool("Read", "file_path"), tool("Write", "file_path", "content")]
+SYSTEM = "You are a coding assistant. Use the tools."
+FILES = ("/tmp/a.txt", "/etc/hosts", "/srv/notes.md", "README.md", "/var/log/app.log")
+FROBNICATE = '```json\n{"name": "Frobnicate", "arguments": {"x": 1}}\n```'
+A_CALL = re.compile(r"<function=\w+>|<tool_call>|\"name\"\s*:\s*\"(?:Read|Write|Bash)\"")
+
+
+def body(model: str, messages: list[Json], **more: Any) -> Json:
+    return {"model": model, "messages": messages, "max_tokens": 120, "temperature": 0, **more}
+
+
+def leaked(raw: Side, ours: Side) -> Loss:
+    """Calls of an offered tool that arrive as text; nothing is required of them."""
+    optional = [one | {"input_schema": one["input_schema"] | {"required": []}} for one in TOOLS]
+    return leaks("calls leaked as text", raw, ours, optional)
+
+
+def leaked_with_more(raw: Side, ours: Side) -> Loss:
+    """This model repeats the list of what is required, as its prompt shows it, inside its call."""
+    return leaks("calls leaked as text, with <required> in them", raw, ours, TOOLS)
+
+
+def leaks(what: str, raw: Side, ours: Side, tools: Sequence[Json]) -> Loss:
+    asked = [body(CODER, user(f"Read the file {name}."), system=SYSTEM, tools=tools) for name in FILES]
+    return compare(what, raw, ours, asked, lambda side, request: looks_like_a_call(side.message(request)))
+
+
+def swallowed(raw: Side, ours: Side) -> Loss:
+    """Calls of a tool that is not there: tokens were generated, nothing is delivered."""
+    ask = f'Call the function "Frobnicate" with arguments {{"x": 1}}. Write exactly: {FROBNICATE}'
+    asked = [body(TINY, user(ask), tools=[tool("Zap", "y")])]
+    return compare(
+        "calls swallowed into an empty end_turn",
+        raw,
+        ours,
+        asked,
+        lambda side, request: is_empty(side.message(request)),
+    )
+
+
+def endless(raw: Side, ours: Side) -> Loss:
+    """Streams that stop without saying that they do."""
+    ask = "Write the word no a hundred times, without newlines:" + " no" * 14
+    asked = [body(TINY, user(ask), stream=True) | {"max_tokens": 300}]
+    return compare(
+        "repetitions that end without an end",
+        raw,
+        ours,
+        asked,
+        lambda side, request: "event: message_stop" not in side.ask(request).text,
+    )
+
+
+def retried(raw: Side, ours: Side) -> Loss:
+    """Errors that will stay, sent as ones that Claude Code retries, for minutes."""
+    asked = [body(NATIVE, user("Read the file /tmp/a.txt."), tools=TOOLS)]
+
+    def retryable(side: Side, request: Json) -> bool:
+        # A llama-server that was started for a model with Ollama's own template serves this one too, and cannot.
+        load(raw, TINY, shift=side is raw)
+        return side.ask(request).status_code >= 500
+
+    return compare("permanent errors sent as retryable ones", raw, ours, asked, retryable)
+
+
+def halved(raw: Side, ours: Side) -> Loss:
+    """Tokens of a prompt that does not fit and that nobody is told of."""
+    request = body(TINY, user("a " * 9000)) | {"max_tokens": 3}
+    cut, refused = raw.ask(request), ours.ask(request)
+    told = refused.json().get("error", {}).get("message", "")
+    if not (found := re.search(r"prompt is too long: (\d+) tokens > \d+ maximum", told)):
+        sys.exit(f"too long a prompt was answered with {refused.status_code}: {refused.text[:200]}")
+    tokens = int(found[1])
+    lost = 0 if cut.status_code >= 400 else tokens - prompt(cut.json())
+    why = f"raw {cut.status_code} for {tokens - lost} tokens of it, ours {refused.status_code} {told!r}"
+    return Loss("tokens of too long a prompt cut without a word", tokens, lost, 0, "tokens", why)
+
+
+SHAPES: list[tuple[str, Callable[[Side, Side], Loss]]] = [
+    (CODER, leaked),
+    (CODER, leaked_with_more),
+    (TINY, swallowed),
+    (TINY, endless),
+    (NATIVE, retried),
+    (TINY, halved),
+]
+
+
+def compare(what: str, raw: Side, ours: Side, asked: Sequence[Json], lost: Callable[[Side, Json], bool]) -> Loss:
+    counts = [sum(lost(side, request) for request in asked) for side in (raw, ours)]
+    return Loss(what, len(asked), counts[0], counts[1])
+
+
+def looks_like_a_call(message: Json) -> bool:
+    return any(A_CALL.search(block.get("text", "")) for block in message["content"] or [])
+
+
+def is_empty(message: Json) -> bool:
+    """Nothing in it, though the model said something."""
+    blocks = message["content"] or []
+    return not any(block["type"] == "tool_use" or block.get("text") for block in blocks)
+
+
+def prompt(message: Json) -> int:
+    usage = message["usage"]
+    return int(usage["input_tokens"] + usage.get("cache_read_input_tokens", 0))
+
+
+# --- the real Claude Code -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step with one tool. `solved` looks at the folder it was done in and at what Claude said."""
+
+    tool: str
+    prompt: str
+    solved: Callable[[Path, str], bool]
+
+
+@dataclass
+class Outcome:
+    """What became of the tasks on one side."""
+
+    calls: int = 0
+    lost: int = 0
+    empty: int = 0
+    undone: int = 0
+
+
+WORDS = {"note.txt": "walnut42", "plan.md": "harbor17", "config.ini": "pepper88", "list.csv": "thunder63"}
+
+
+def reading(name: str) -> Task:
+    ask = f"Read the file {{folder}}/{name} and tell me the secret word in it."
+    return Task("Read", ask, lambda folder, said: WORDS[name] in said.lower())
+
+
+def writing(name: str, text: str) -> Task:
+    ask = f"Create the file {{folder}}/{name} with the content: {text}"
+    return Task("Write", ask, lambda folder, said: holds(folder / name, text))
+
+
+def running(command: str, name: str, text: str) -> Task:
+    ask = f"Run this bash command: {command}"
+    return Task("Bash", ask, lambda folder, said: holds(folder / name, text))
+
+
+def holds(path: Path, text: str) -> bool:
+    return path.is_file() and text in path.read_text(errors="replace")
+
+
+TASKS = [
+    *(reading(name) for name in WORDS),
+    writing("hello.txt", "hello"),
+    writing("answer.txt", "forty-two"),
+    writing("todo.md", "buy milk"),
+    running("echo done > {folder}/done.txt", "done.txt", "done"),
+    running("cp {folder}/note.txt {folder}/copy.txt", "copy.txt", "walnut42"),
+    running("ls {folder} > {folder}/files.txt", "files.txt", "plan.md"),
+]
+
+
+def tasks(place: Path, program: Path, model: str, raw: Side, ours: Side) -> list[Loss]:
+    seen = {}
+    for side in (raw, ours):
+        seen[side.name] = outcome = Outcome()
+        for number, task in enumerate(TASKS):
+            folder = place / f"{model}-{side.name}-{number}"
+            folder.mkdir()
+            for name, word in WORDS.items():
+                (folder / name).write_text(f"The secret word is {word}.\n")
+            attempt(outcome, side, program, model, folder, task)
+    one, other = seen["raw"], seen["ours"]
+    name = {TINY: "the demo's format", CODER: "qwen3-coder's format"}[model]
+    return [
+        Loss(f"Claude Code's tasks, {name}: calls not executed", other.calls, one.lost, other.lost),
+        Loss(f"Claude Code's tasks, {name}: empty answers without a reason", len(TASKS), one.empty, other.empty),
+        Loss(f"Claude Code's tasks, {name}: not done", len(TASKS), one.undone, other.undone),
+    ]
+
+
+def attempt(outcome: Outcome, side: Side, program: Path, model: str, folder: Path, task: Task) -> None:
+    began = time.monotonic()
+    events = run_claude(side, program, model, folder, task)
+    took = time.monotonic() - began
+    blocks = [block for event in events for block in blocks_of(event)]
+    made = [block["id"] for block in blocks if block["type"] == "tool_use"]
+    executed = {block["tool_use_id"] for block in blocks if block["type"] == "tool_result"}
+    leaks = sum(bool(A_CALL.search(block["text"])) for block in blocks if block["type"] == "text")
+    results = [event for event in events if event["type"] == "result"]
+    said = results[-1].get("result", "") if results else ""
+    done = task.solved(folder, said)
+    outcome.calls += len(made) + leaks
+    outcome.lost += leaks + sum(call not in executed for call in made)
+    outcome.empty += any(result["subtype"] == "success" and not said.strip() for result in results)
+    outcome.undone += not done
+    verdict = f"{'done' if done else 'not done'} in {took:.0f} s"
+    say(f"  {model} {side.name} {task.tool} {verdict}, calls {len(made)}, leaked {leaks}: {said[:90]!r}")
+
+
+def run_claude(side: Side, program: Path, model: str, folder: Path, task: Task) -> list[Json]:
+    """What it told as stream-json, [] when it had to be ended after a minute."""
+    home = folder.parent / "home"
+    (home / ".claude").mkdir(parents=True, exist_ok=True)
+    words = ["-p", task.prompt.replace("{folder}", str(folder)), "--output-format", "stream-json", "--verbose"]
+    words += ["--tools", task.tool, "--allowedTools", task.tool, "--max-turns", "3"]
+    words += ["--system-prompt", demo.SYSTEM_PROMPT]
+    env = {"PATH": "/usr/bin:/bin"}
+    launch = claude.launch(
+        program, words, url=side.url, token=TOKEN, model=model, context=demo.CONTEXT, env=env, home=home, max_output=512
+    )
+    try:
+        done = subprocess.run(
+            launch.argv,
+            env=dict(launch.env),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return []
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def blocks_of(event: Json) -> list[Json]:
+    content = event.get("message", {}).get("content", [])
+    return content if isinstance(content, list) else []
+
+
+# --- servers ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(place: Path, program: Path, model: Path) -> Iterator[Side]:
+    """Ollama with all three models."""
+    store = place / "models"
+    for name, text in MODELFILES.items():
+        modelfile = place / f"Modelfile.{name}"
+        modelfile.write_text(text)
+        folder = registry.prepare(place / "cache", program, model, name, modelfile)
+        shutil.copytree(folder, store, dirs_exist_ok=True, copy_function=link)
+    env = {
+        "PATH": os.defpath,
+        "HOME": str(place),
+        "OLLAMA_HOST": "127.0.0.1:0",
+        "OLLAMA_MODELS": str(store),
+        "OLLAMA_CONTEXT_LENGTH": str(CONTEXT),
+        "OLLAMA_NUM_PARALLEL": "1",
+        "OLLAMA_MAX_LOADED_MODELS": "1",
+        "OLLAMA_KEEP_ALIVE": "-1",
+        "OLLAMA_NO_CLOUD": "1",
+        "OLLAMA_NOPRUNE": "1",
+    }
+    log = place / "serve.log"
+    with child([str(program), "serve"], env, log):
+        wait_for(lambda: "Listening on " in log.read_text(errors="replace"))
+        address = log.read_text(errors="replace").partition("Listening on ")[2].split()[0]
+        yield Side("raw", f"http://{address}")
+
+
+@contextmanager
+def proxied(place: Path, raw: Side, model: str) -> Iterator[Side]:
+    """The engine side as a box starts it, with the model loaded."""
+    load(raw, model)
+    with tempfile.TemporaryDirectory(dir=place) as name:
+        run = Path(name)
+        (run / "engine.port").write_text(raw.url.rpartition(":")[2])
+        env = {"PATH": os.defpath, "SELFHOST_TOKEN": TOKEN, "SELFHOST_MODEL": model, "SELFHOST_ENGINE": "ollama"}
+        command = [sys.executable, "-m", "selfhost_cli.proxy", "--run-dir", name, "--port", "0"]
+        with child(command, env, place / f"proxy-{model}.log"):
+            wait_for((run / "ready").exists)
+            yield Side("ours", f"http://127.0.0.1:{(run / 'proxy.port').read_text().strip()}")
+
+
+@contextmanager
+def child(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[None]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=dict(env), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def load(raw: Side, model: str, *, shift: bool = False) -> None:
+    """Alone: our models have the same weights, and Ollama would take one for the other. A box loads without `shift`."""
+    for name in listed(raw):
+        generate(raw, {"model": name, "keep_alive": 0})
+    wait_for(lambda: not listed(raw))
+    generate(raw, {"model": model, "keep_alive": -1, "shift": shift})
+
+
+def listed(raw: Side) -> list[str]:
+    models = httpx.get(f"{raw.url}/api/ps", timeout=10, trust_env=False).raise_for_status().json()["models"]
+    return [entry["name"] for entry in models]
+
+
+def generate(raw: Side, request: Json) -> None:
+    answer = httpx.post(f"{raw.url}/api/generate", json={"stream": False} | request, timeout=120, trust_env=False)
+    answer.raise_for_status()
+
+
+def wait_for(probe: Callable[[], T], seconds: float = 60) -> T:
+    deadline = time.monotonic() + seconds
+    while not (value := probe()):
+        if time.monotonic() > deadline:
+            sys.exit(f"nothing happened within {seconds:g} s")
+        time.sleep(0.05)
+    return value
+
+
+def link(source: str, target: str) -> None:
+    if not os.path.exists(target):
+        os.link(source, target)
+
+
+if __name__ == "__main__":
+    main()
