@@ -47,7 +47,7 @@ class AnthropicEngine(Upstream):
 
     async def health(self) -> Health:
         base = self._base_url()
-        props = await self._ask(base, "/props")
+        props = await self._ask("/props")
         try:
             context = int(props["default_generation_settings"]["n_ctx"])
             health = Health(context, int(props.get("total_slots") or 1))
@@ -66,7 +66,7 @@ class AnthropicEngine(Upstream):
     async def messages(self, request: Request) -> AsyncGenerator[AnswerEvent]:
         body = self._body(request) | {"stream": True}
         prefill = Prefill(request.prefill)
-        async with self._post("/v1/messages", body, PATIENT) as response:
+        async with self._request("/v1/messages", body, PATIENT) as response:
             if response.status != 200:
                 raise (await refusal(response)).error()
             try:

@@ -7,11 +7,10 @@ prefill, and its parsers of calls swallow what they do not know or cannot read.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +28,9 @@ from selfhost_cli.proxy.engines import (
     ToolCall,
     ToolInput,
 )
-from selfhost_cli.proxy.engines.upstream import READ_AHEAD
+from selfhost_cli.proxy.engines.upstream import PATIENT, Upstream, number
 from selfhost_cli.proxy.errors import EngineBroke, EngineDown, ProxyError, invalid, too_long
 
-QUICK = aiohttp.ClientTimeout(total=30, connect=5)
-PATIENT = aiohttp.ClientTimeout(total=None, connect=5)
 KEEP: Json = {"truncate": False, "shift": False, "keep_alive": -1}
 EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "max"}
 SWALLOWED = 8
@@ -51,7 +48,7 @@ REPEATED = "\n\n[The engine stopped the model here, because it only repeated its
 
 
 @dataclass(frozen=True)
-class _Model:
+class _Loaded:
     """What is loaded. `generic`: its calls are found by Ollama's one parser for all templates."""
 
     context: int
@@ -68,29 +65,20 @@ class _Model:
         return "thinking" in (self.capabilities or ())
 
 
-class OllamaEngine:
-    """Healthy while the model is loaded. `facts`: version, capabilities, parameters, quantization, size, size_vram.
-
-    `base_url` is asked at every call, because a restarted engine may have another port; it raises EngineDown.
-    Make it inside a running event loop.
-    """
+class OllamaEngine(Upstream):
+    """Healthy while the model is loaded. `facts`: version, capabilities, parameters, quantization, size, size_vram."""
 
     def __init__(self, name: str, model: str, base_url: Callable[[], str]) -> None:
-        self.name = name
-        self._name = model
-        self._base_url = base_url
-        self._loaded: dict[str, _Model] = {}
+        super().__init__(name, model, base_url)
+        self._loaded: dict[str, _Loaded] = {}
         self._shown: tuple[str, Json] | None = None
-        # a pooled connection may turn out to be dead only when a prompt was sent on it, and may then not be sent again
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        self._session = aiohttp.ClientSession(connector=connector, read_bufsize=READ_AHEAD)
 
     async def health(self) -> Health:
         base = self._base_url()
         running = (await self._ask("/api/ps")).get("models") or []
-        loaded = next((entry for entry in running if _same(entry.get("name"), self._name)), None)
+        loaded = next((entry for entry in running if _same(entry.get("name"), self._model)), None)
         if loaded is None:
-            raise EngineDown(f"{self._name} is not loaded yet")
+            raise EngineDown(f"{self._model} is not loaded yet")
         context = loaded.get("context_length")
         if not isinstance(context, int):
             raise EngineDown(f"{self.name} does not tell its context")
@@ -108,17 +96,17 @@ class OllamaEngine:
         return Health(context, facts={name: value for name, value in facts.items() if value is not None})
 
     async def context(self) -> int:
-        return (await self._model()).context
+        return (await self._current()).context
 
     async def count(self, request: Request) -> int | None:
         """Nothing of Ollama's counts without generating."""
         return None
 
     async def messages(self, request: Request) -> AsyncGenerator[AnswerEvent]:
-        model = await self._model()
-        chat = _chat(self._name, model, request)
+        model = await self._current()
+        chat = _chat(self._model, model, request)
         if model.blind and any("images" in message for message in chat["messages"]):
-            raise invalid(f"{self._name} cannot see images")
+            raise invalid(f"{self._model} cannot see images")
         path, body = "/api/chat", chat
         if request.prefill and (prompt := await self._rendered(chat)) is not None:
             path, body = "/api/generate", _raw(chat, prompt + request.prefill, request.max_tokens)
@@ -136,9 +124,6 @@ class OllamaEngine:
             answer.prompt = await self._length(chat)
         for event in answer.finish():
             yield event
-
-    async def close(self) -> None:
-        await self._session.close()
 
     async def _told(self, path: str, body: Json, answer: _Answer) -> AsyncGenerator[AnswerEvent]:
         async with self._request(path, body, PATIENT) as response:
@@ -173,7 +158,7 @@ class OllamaEngine:
         except ProxyError:
             return None
 
-    async def _model(self) -> _Model:
+    async def _current(self) -> _Loaded:
         base = self._base_url()
         if base not in self._loaded:
             await self.health()
@@ -182,50 +167,17 @@ class OllamaEngine:
     async def _show(self, digest: str) -> Json:
         """What the model is; asked once, because it takes Ollama longer than all the rest."""
         if self._shown is None or self._shown[0] != digest:
-            self._shown = (digest, await self._ask("/api/show", {"model": self._name}))
+            self._shown = (digest, await self._ask("/api/show", {"model": self._model}))
         return self._shown[1]
 
-    async def _ask(self, path: str, body: Json | None = None, timeout: aiohttp.ClientTimeout = QUICK) -> Json:
-        """GET, or POST when there is a body."""
-        async with self._request(path, body, timeout) as response:
-            if response.status != 200:
-                raise _mapped(response.status, await _error(response), EngineDown)
-            try:
-                data = await response.json()
-            except (aiohttp.ClientError, OSError, ValueError) as error:
-                raise self._down(error) from error
-        return data if isinstance(data, dict) else {}
-
-    @asynccontextmanager
-    async def _request(
-        self, path: str, body: Json | None, timeout: aiohttp.ClientTimeout
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        # lone surrogates are legal in JSON and in str, but not in the UTF-8 that the engine gets
-        data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        try:
-            response = await self._session.request(
-                "GET" if data is None else "POST",
-                self._base_url() + path,
-                data=None if data is None else io.BytesIO(data),  # bytes over 1 MB draw a warning
-                headers={"content-type": "application/json"},
-                timeout=timeout,
-            )
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._down(error) from error
-        try:
-            yield response
-        finally:
-            # not release(): an answer that nobody reads any more must stop being generated now
-            response.close()
-
-    def _down(self, error: Exception) -> EngineDown:
-        return EngineDown(f"{self.name} does not answer: {error or type(error).__name__}")
+    async def _refused(self, response: aiohttp.ClientResponse) -> ProxyError:
+        return _mapped(response.status, await _error(response), EngineDown)
 
 
 class _Answer:
     """One answer, from Ollama's records to our events: as they come in `tell`, what is left in `finish`."""
 
-    def __init__(self, request: Request, model: _Model) -> None:
+    def __init__(self, request: Request, model: _Loaded) -> None:
         self.prompt: Prompt | None = None
         self.pieces = 0
         """Records that held something; with text, Ollama sends one for each token."""
@@ -283,7 +235,7 @@ class _Answer:
             return False
         # parsers of one model put several tokens into a record
         comparable = self._model.generic or not self.pieces
-        return comparable and _count(self._end, "eval_count") - self.pieces > SWALLOWED
+        return comparable and number(self._end, "eval_count") - self.pieces > SWALLOWED
 
     @property
     def _resumable(self) -> bool:
@@ -316,7 +268,7 @@ class _Answer:
         if self._request.force_tool and not self._called:
             yield from self._forced()
         yield self.prompt or self._prompt()
-        tokens = (self._resumed or 0) + _count(self._end, "eval_count")
+        tokens = (self._resumed or 0) + number(self._end, "eval_count")
         stops = self._request.sampling.get("stop_sequences") or []
         if self._called:
             yield Done("tool_use", tokens)
@@ -348,7 +300,7 @@ class _Answer:
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-def _chat(name: str, model: _Model, request: Request) -> Json:
+def _chat(name: str, model: _Loaded, request: Request) -> Json:
     body: Json = {"model": name, "messages": list(_messages(request, thinks=model.thinks)), "stream": True, **KEEP}
     body["options"] = {"num_ctx": model.context, "num_predict": request.max_tokens, **_sampling(model, request)}
     if request.tools:
@@ -374,7 +326,7 @@ def _budget(body: Json, tokens: int) -> Json:
     return {"options": body["options"] | {"num_predict": tokens}}
 
 
-def _sampling(model: _Model, request: Request) -> Json:
+def _sampling(model: _Loaded, request: Request) -> Json:
     given = dict(request.sampling)
     stops = given.pop("stop_sequences", [])
     # those of a request replace the model's own
@@ -464,11 +416,11 @@ def _schema(schema: Json) -> Json:
 # --- what comes back --------------------------------------------------------------------------------------------------
 
 
-def _model(context: int, shown: Json) -> _Model:
+def _model(context: int, shown: Json) -> _Loaded:
     capabilities = shown.get("capabilities")
     stops = re.findall(r'^stop\s+(".*")$', str(shown.get("parameters") or ""), re.MULTILINE)
     own_parser = re.search(r"^PARSER ", str(shown.get("modelfile") or ""), re.MULTILINE)
-    return _Model(
+    return _Loaded(
         context,
         None if capabilities is None else tuple(capabilities),
         tuple(filter(None, map(_unquoted, stops))),
@@ -484,8 +436,8 @@ def _unquoted(text: str) -> str:
 
 
 def _same(name: object, model: str) -> bool:
-    """Ollama adds the tag that a name without one stands for."""
-    return name in (model, f"{model}:latest")
+    """Ollama adds the tag that a name without one stands for, and does not mind case."""
+    return str(name).lower() in (model.lower(), f"{model.lower()}:latest")
 
 
 async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -513,16 +465,11 @@ def _record(line: bytes) -> Json:
 
 
 def _prompt(record: Json) -> Prompt:
-    return Prompt(_count(record, "prompt_eval_count"), _count(record, "prompt_eval_cached_count"))
+    return Prompt(number(record, "prompt_eval_count"), number(record, "prompt_eval_cached_count"))
 
 
 def _reason(end: Json) -> StopReason:
     return "max_tokens" if end.get("done_reason") == "length" else "end_turn"
-
-
-def _count(record: Json, key: str) -> int:
-    value = record.get(key)
-    return value if isinstance(value, int) else 0
 
 
 async def _error(response: aiohttp.ClientResponse) -> object:
@@ -541,7 +488,7 @@ def _mapped(status: int, said: object, otherwise: type[EngineDown] | type[Engine
     error = _inner(said)
     message = str(error.get("message") or f"status {status}")
     if error.get("type") == "exceed_context_size_error":
-        return too_long(_count(error, "n_prompt_tokens"), _count(error, "n_ctx"))
+        return too_long(number(error, "n_prompt_tokens"), number(error, "n_ctx"))
     if status in (408, 429, 499, 502, 503, 504) or (status == 500 and PASSING.search(message)):
         return otherwise(f"the engine says: {message}")
     return invalid(f"the engine says: {message}")

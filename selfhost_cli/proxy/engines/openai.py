@@ -91,12 +91,12 @@ class OpenAIEngine(Upstream):
 
     async def health(self) -> Health:
         base = self._base_url()
-        entry = self._listed(await self._ask(base, "/v1/models"))
+        entry = self._listed(await self._ask("/v1/models"))
         dialect = self._given or DIALECTS.get(str(entry.get("owned_by")), PLAIN)
         slots = 1
         if dialect == LLAMACPP:
             # not only for what it tells: its list of models answers while the model is still being loaded
-            props = await self._ask(base, "/props")
+            props = await self._ask("/props")
             entry = props.get("default_generation_settings") or {}
             slots = max(1, number(props, "total_slots"))
         keys = ("n_ctx", "max_model_len", "context_length", "context_window")
@@ -147,7 +147,7 @@ class OpenAIEngine(Upstream):
     async def _accepted(self, body: Json) -> AsyncIterator[aiohttp.ClientResponse]:
         """A stream that has begun. Asks a second time when that may help, which nobody has noticed yet."""
         for again in (False, True):
-            async with self._post(CHAT, body, PATIENT) as response:
+            async with self._request(CHAT, body, PATIENT) as response:
                 if response.status == 200:
                     yield response
                     return

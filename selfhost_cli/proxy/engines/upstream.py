@@ -62,25 +62,28 @@ class Upstream:
     async def close(self) -> None:
         await self._session.close()
 
-    async def _ask(self, base: str, path: str, body: Json | None = None) -> Json:
-        """GET, or POST when there is a body."""
-        try:
-            method = "GET" if body is None else "POST"
-            async with self._session.request(method, base + path, json=body, timeout=QUICK) as response:
-                if response.status != 200:
-                    raise (await refusal(response)).error()
+    async def _refused(self, response: aiohttp.ClientResponse) -> ProxyError:
+        """What a status that is not 200 means."""
+        return (await refusal(response)).error()
+
+    async def _ask(self, path: str, body: Json | None = None, timeout: aiohttp.ClientTimeout = QUICK) -> Json:
+        """The JSON object that it answers, {} for anything else that is JSON."""
+        async with self._request(path, body, timeout) as response:
+            if response.status != 200:
+                raise await self._refused(response)
+            try:
                 data = await response.json(content_type=None)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise self._down(error) from error
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                raise self._down(error) from error
         return data if isinstance(data, dict) else {}
 
     async def _number(self, path: str, body: Json, key: str) -> int | None:
         """A count that the engine answers with under that key; None when it has no such path."""
-        async with self._post(path, body, QUICK) as response:
+        async with self._request(path, body, QUICK) as response:
             if response.status in (404, 405):
                 return None
             if response.status != 200:
-                raise (await refusal(response)).error()
+                raise await self._refused(response)
             try:
                 return int((await response.json(content_type=None))[key])
             except (aiohttp.ClientError, OSError) as error:
@@ -89,15 +92,17 @@ class Upstream:
                 raise EngineBroke(f"{self.name} counts in a way that makes no sense") from error
 
     @asynccontextmanager
-    async def _post(
-        self, path: str, body: Json, timeout: aiohttp.ClientTimeout
+    async def _request(
+        self, path: str, body: Json | None, timeout: aiohttp.ClientTimeout
     ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """GET, or POST when there is a body."""
         # lone surrogates are legal in JSON and in str, but not in the UTF-8 that the engine gets
-        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         try:
-            response = await self._session.post(
+            response = await self._session.request(
+                "GET" if data is None else "POST",
                 self._base_url() + path,
-                data=io.BytesIO(data),  # bytes over 1 MB draw a warning
+                data=None if data is None else io.BytesIO(data),  # bytes over 1 MB draw a warning
                 headers={"content-type": "application/json"},
                 timeout=timeout,
             )
