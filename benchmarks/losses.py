@@ -20,11 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+from figures import Figure, as_json, columns
 
 from selfhost_cli import claude, config
 from selfhost_cli.sandbox import assets, demo, registry
@@ -44,18 +45,6 @@ PARAMETER temperature 0
 """
 NATIVE_MODELFILE = "FROM ./model.gguf\nPARAMETER temperature 0\n"
 MODELFILES = {TINY: registry.MODELFILE.read_text("utf-8"), CODER: CODER_MODELFILE, NATIVE: NATIVE_MODELFILE}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One count. `spread` is 0: at temperature 0 every run gives the same; `goal` is None for what is not ours."""
-
-    figure: str
-    value: float
-    unit: str
-    spread: float
-    goal: float | None
-    met: bool | None
 
 
 @dataclass(frozen=True)
@@ -108,8 +97,7 @@ def main() -> None:
         losses = measure(Path(place), built / "bin" / "ollama", made, options.only)
     if options.json:
         figures = [figure for loss in losses for figure in loss.figures()]
-        figures.sort(key=lambda figure: (figure.met is None, figure.met))
-        print(json.dumps([asdict(figure) for figure in figures], indent=2))
+        print(as_json(figures))
     else:
         print(table(losses))
 
@@ -136,10 +124,7 @@ def table(losses: Sequence[Loss]) -> str:
     for loss in sorted(losses, key=lambda loss: not loss.ours):
         verdict = "MISSED" if loss.ours else "met"
         rows.append((loss.what, f"{loss.of} {loss.unit}".strip(), str(loss.raw), str(loss.ours), verdict))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return columns(rows)
 
 
 def say(line: str) -> None:

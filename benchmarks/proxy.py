@@ -21,8 +21,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from figures import Figure, as_json, as_table, figure
 
 TOKEN = "benchmark-token"
 MODEL = "stub"
@@ -89,18 +91,6 @@ asyncio.run(main())
 """
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One measured number. `spread` is the interquartile range over the rounds; `goal` is None for what is not ours."""
-
-    figure: str
-    value: float
-    unit: str
-    spread: float
-    goal: float | None
-    met: bool | None
-
-
 @dataclass
 class Way:
     """One way to the stub. Per number of clients: p50 and p99 of the first byte (ms) and requests/s, a row a round."""
@@ -130,8 +120,7 @@ def main() -> None:
                     if number:  # the first round fills caches
                         way.rows[clients].append(row)
         figures = summary(ways, idle)
-    figures.sort(key=lambda figure: (figure.met is None, figure.met))
-    print(json.dumps([asdict(one) for one in figures], indent=2) if options.json else table(figures))
+    print(as_json(figures) if options.json else as_table(figures))
 
 
 def start(stack: ExitStack, place: Path) -> Iterator[Way]:
@@ -247,31 +236,11 @@ def hop(way: Way) -> str:
     return "the front" if way.name.endswith("front") else "the engine side"
 
 
-def figure(name: str, values: Sequence[float], unit: str, goal: float | None = None, *, more: bool = False) -> Figure:
-    value = statistics.median(values)
-    quarters = statistics.quantiles(values, n=4) if len(values) > 1 else [value] * 3
-    met = None if goal is None else (value >= goal if more else value <= goal)
-    return Figure(name, round(value, 3), unit, round(quarters[2] - quarters[0], 3), goal, met)
-
-
 def rss_mb(way: Way) -> float:
     assert way.process
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{way.process.pid}/status").read_text())
     assert found
     return int(found[1]) / 1000
-
-
-def table(figures: Sequence[Figure]) -> str:
-    rows: list[tuple[str, ...]] = [("figure", "median", "spread", "goal", "")]
-    for one in figures:
-        sign = "≥" if one.unit == "×" else "≤"
-        goal = "" if one.goal is None else f"{sign} {one.goal:g} {one.unit}"
-        met = {True: "met", False: "MISSED", None: ""}[one.met]
-        rows.append((one.figure, f"{one.value:.2f} {one.unit}", f"{one.spread:.2f} {one.unit}", goal, met))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 if __name__ == "__main__":

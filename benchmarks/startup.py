@@ -14,16 +14,16 @@ import hmac
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from figures import Figure, as_json, as_table, figure
 
 from selfhost_cli import attach, config
 from selfhost_cli.claude import INSTALL, SEEN
@@ -45,18 +45,6 @@ app()
 """
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One measured number. `spread` is the interquartile range; `goal` is None for what is not ours."""
-
-    figure: str
-    value: float
-    unit: str
-    spread: float
-    goal: float | None
-    met: bool | None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print a list of figures")
@@ -66,8 +54,7 @@ def main() -> None:
     claude = find_claude(options.claude)
     with tempfile.TemporaryDirectory(prefix="selfhost-startup-") as place:
         figures = measure(Path(place), claude, options.rounds)
-    figures.sort(key=lambda figure: (figure.met is None, figure.met))
-    print(json.dumps([asdict(figure) for figure in figures], indent=2) if options.json else table(figures))
+    print(as_json(figures) if options.json else as_table(figures))
 
 
 def find_claude(given: str | None) -> Path:
@@ -99,10 +86,10 @@ def measure(place: Path, claude: Path, rounds: int) -> list[Figure]:
     column = {name: [row[name] for row in times] for name in commands}
     added = [row["ours"] - row["claude"] for row in times]
     return [
-        figure("selfhost --help", column["help"], HELP_GOAL_MS),
-        figure("what selfhost claude adds to claude --version", added, CLAUDE_GOAL_MS),
-        figure("a bare Typer app --help", column["bare"]),
-        figure("claude --version", column["claude"]),
+        figure("selfhost --help", column["help"], "ms", HELP_GOAL_MS),
+        figure("what selfhost claude adds to claude --version", added, "ms", CLAUDE_GOAL_MS),
+        figure("a bare Typer app --help", column["bare"], "ms"),
+        figure("claude --version", column["claude"], "ms"),
     ]
 
 
@@ -117,25 +104,6 @@ def once(commands: Mapping[str, Sequence[str]], env: Mapping[str, str], number: 
             said = done.stderr.decode(errors="replace")
             sys.exit(f"{' '.join(commands[name])} ended with {done.returncode}:\n{said}")
     return took
-
-
-def figure(name: str, values: Sequence[float], goal: float | None = None) -> Figure:
-    value = statistics.median(values)
-    quarters = statistics.quantiles(values, n=4)
-    met = None if goal is None else value <= goal
-    return Figure(name, round(value, 1), "ms", round(quarters[2] - quarters[0], 1), goal, met)
-
-
-def table(figures: Sequence[Figure]) -> str:
-    rows = [("figure", "median", "spread", "goal", "")]
-    for one in figures:
-        goal = "" if one.goal is None else f"≤ {one.goal:.0f} {one.unit}"
-        met = {True: "met", False: "MISSED", None: ""}[one.met]
-        rows.append((one.figure, f"{one.value:.0f} {one.unit}", f"{one.spread:.0f} {one.unit}", goal, met))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def selfhost() -> list[str]:

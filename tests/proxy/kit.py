@@ -101,9 +101,42 @@ HELLO = [started(), *text("Hello", " there"), *ended()]
 Step = bytes | asyncio.Event | str
 
 
+@dataclass(kw_only=True)
+class Player:
+    """Plays a script as an answer: bytes are sent, events waited for, "die" cuts the connection."""
+
+    gone: int = 0
+    running: int = 0
+
+    async def _play(
+        self, http: web.Request, script: Iterable[Step], kind: str, headers: dict[str, str] | None = None
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": kind, **(headers or {})})
+        await response.prepare(http)
+        self.running += 1
+        try:
+            for step in script:
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                elif step == "die":
+                    assert http.transport
+                    http.transport.abort()
+                    return response
+                else:
+                    assert isinstance(step, bytes)
+                    await response.write(step)
+            await response.write_eof()
+        except (asyncio.CancelledError, ConnectionError):
+            self.gone += 1
+            raise
+        finally:
+            self.running -= 1
+        return response
+
+
 @dataclass
-class LlamaStub:
-    """Plays `script` for every generation: bytes are sent, events waited for, "die" cuts the connection."""
+class LlamaStub(Player):
+    """Plays `script` for every generation."""
 
     kind: ClassVar[type[Any]] = AnthropicEngine
     name: ClassVar[str] = "llamacpp"
@@ -114,8 +147,6 @@ class LlamaStub:
     n_ctx: int = 4096
     asked: list[Json] = field(default_factory=list)
     counted: int = 0
-    gone: int = 0
-    running: int = 0
 
     @property
     def healthy(self) -> bool:
@@ -140,28 +171,9 @@ class LlamaStub:
         if self.refusal:
             return web.json_response(self.refusal[1], status=self.refusal[0])
         # the lie: it promises to keep the connection, and closes it after the stream
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Keep-Alive": "timeout=5, max=100"})
-        await response.prepare(http)
-        self.running += 1
-        try:
-            for step in self.script:
-                if isinstance(step, asyncio.Event):
-                    await step.wait()
-                elif step == "die":
-                    assert http.transport
-                    http.transport.abort()
-                    return response
-                else:
-                    assert isinstance(step, bytes)
-                    await response.write(step)
-            await response.write_eof()
-            assert http.transport
+        response = await self._play(http, self.script, "text/event-stream", {"Keep-Alive": "timeout=5, max=100"})
+        if http.transport:
             http.transport.close()
-        except (asyncio.CancelledError, ConnectionError):
-            self.gone += 1
-            raise
-        finally:
-            self.running -= 1
         return response
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,6 +18,7 @@ from tests.proxy import kit
 from tests.proxy.kit import Step, serving
 
 PROMPT = "<|rendered|>"
+NDJSON = "application/x-ndjson"
 
 
 def record(content: str = "", **more: Any) -> bytes:
@@ -109,34 +109,11 @@ class OllamaStub(kit.LlamaStub):
         self.asked.append(body)
         if self.refusal:
             return web.json_response(self.refusal[1], status=self.refusal[0])
-        return await self._play(http, self.script)
+        return await self._play(http, self.script, NDJSON)
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
         self.generated.append(await http.json())
-        return await self._play(http, self.raw)
-
-    async def _play(self, http: web.Request, script: list[Step]) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-        await response.prepare(http)
-        self.running += 1
-        try:
-            for step in script:
-                if isinstance(step, asyncio.Event):
-                    await step.wait()
-                elif step == "die":
-                    assert http.transport
-                    http.transport.abort()
-                    return response
-                else:
-                    assert isinstance(step, bytes)
-                    await response.write(step)
-            await response.write_eof()
-        except (asyncio.CancelledError, ConnectionError):
-            self.gone += 1
-            raise
-        finally:
-            self.running -= 1
-        return response
+        return await self._play(http, self.raw, NDJSON)
 
 
 @asynccontextmanager

@@ -6,7 +6,6 @@ SGLang: QwenLM/Qwen3 issue 1321. Cerebras: inference-docs.cerebras.ai, cline iss
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,7 +21,7 @@ from selfhost_cli.proxy.engines import AnswerEvent, Engine
 from selfhost_cli.proxy.engines.openai import OpenAIEngine
 from selfhost_cli.proxy.rundir import RunDir
 from selfhost_cli.proxy.server import Settings, build_server
-from tests.proxy.kit import TOKEN, Json, Proxy, Step, serving
+from tests.proxy.kit import TOKEN, Json, Player, Proxy, Step, serving
 
 KEY = "sk-not-a-real-one"
 
@@ -57,8 +56,8 @@ HELLO = [*words("Hello", " there"), *ended()]
 
 
 @dataclass
-class OpenAIStub:
-    """Plays `script` for every generation as kit's LlamaStub does; `refusals` are (status, body) and come before it."""
+class OpenAIStub(Player):
+    """Plays `script` for every generation; `refusals` are (status, body) and come before it."""
 
     script: list[Step] = field(default_factory=lambda: list(HELLO))
     refusals: list[tuple[int, Any]] = field(default_factory=list)
@@ -70,8 +69,6 @@ class OpenAIStub:
     asked: list[Json] = field(default_factory=list)
     counted: list[tuple[str, Json]] = field(default_factory=list)
     keys: set[str | None] = field(default_factory=set)
-    gone: int = 0
-    running: int = 0
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=2**26)
@@ -108,27 +105,7 @@ class OpenAIStub:
             if isinstance(body, str):
                 return web.Response(status=status, text=body, headers=headers)
             return web.json_response(body, status=status, headers=headers)
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(http)
-        self.running += 1
-        try:
-            for step in self.script:
-                if isinstance(step, asyncio.Event):
-                    await step.wait()
-                elif step == "die":
-                    assert http.transport
-                    http.transport.abort()
-                    return response
-                else:
-                    assert isinstance(step, bytes)
-                    await response.write(step)
-            await response.write_eof()
-        except (asyncio.CancelledError, ConnectionError):
-            self.gone += 1
-            raise
-        finally:
-            self.running -= 1
-        return response
+        return await self._play(http, self.script, "text/event-stream")
 
 
 @asynccontextmanager
