@@ -336,7 +336,7 @@ def attempt(outcome: Outcome, side: Side, program: Path, model: str, folder: Pat
     leaks = sum(bool(A_CALL.search(block["text"])) for block in blocks if block["type"] == "text")
     results = [event for event in events if event["type"] == "result"]
     said = results[-1].get("result", "") if results else ""
-    done = task.solved(folder, said)
+    done = bool(made) and task.solved(folder, said)
     outcome.calls += len(made) + leaks
     outcome.lost += leaks + sum(call not in executed for call in made)
     outcome.empty += any(result["subtype"] == "success" and not said.strip() for result in results)
