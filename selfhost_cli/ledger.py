@@ -147,7 +147,9 @@ class Ledger:
             current = self._current(db, label)
             if current.state in (State.ENDING, State.ENDED):
                 return current
-            return self._write(db, replace(current, state=State.ENDING, reason=reason, blameless=blameless))
+            return self._write(
+                db, replace(current, state=State.ENDING, reason=reason, blameless=blameless or current.blameless)
+            )
 
     def ended(self, label: str, at: float) -> Rental:
         """Record that it is proven gone."""

@@ -37,7 +37,7 @@ def size(model: str, registry: str = "") -> int | None:
 
     Raises UsageError when the registry has no such model.
     """
-    if model.endswith(("-cloud", ":cloud")):
+    if re.search(r":(.*-)?cloud$", model):
         raise UsageError(f"{model} runs on Ollama's own machines, not on a box", "Choose a tag without cloud.")
     url = manifest_url(model, registry)
     here = urlsplit(url).hostname in LOOPBACK

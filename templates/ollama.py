@@ -427,12 +427,12 @@ def fetch_manifest(model: Model) -> bytes | None:
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 raise Refusal(f"the registry has no model {model.short}: {model.url} answers 404") from error
-            reason = f"HTTP status {error.code}"
+            reason, patient = f"HTTP status {error.code}", error.code >= 500 or error.code in (408, 425, 429)
             pause = min(float(told), 60) if (told := error.headers.get("Retry-After") or "").isdigit() else 0
         except (OSError, HTTPException) as error:
-            reason = str(error) or type(error).__name__
+            reason, patient = str(error) or type(error).__name__, True
         report(0, 0, f"{model.short}: no answer of the registry ({reason})")
-        if not patience.lasts():
+        if not (patient and patience.lasts()):
             return None
         time.sleep(max(pause, patience.tries))
 

@@ -93,6 +93,8 @@ class Narrator:
 
     def _end(self, done: Done) -> Iterator[Json]:
         self.output_tokens = done.output_tokens
+        if done.notice and done.reason != "tool_use":
+            yield from self._text(done.notice)
         if not self.started:
             if done.reason != "stop_sequence":
                 raise EmptyAnswer(done.output_tokens)

@@ -1,7 +1,9 @@
 """How long a prompt is: exactly when that matters, cheaply when it cannot matter, guessed when nobody can tell.
 
-A token is at least a byte, so bytes bound tokens from above; and what an answer reported of its prompt holds for every
-later prompt that begins with it. Only when this bound does not fit is the engine asked to count.
+A token is at least a byte, so bytes bound tokens from above, with something for what a template puts around the
+parts. It could fail only for a prompt of little but names and images, which the engine then refuses itself. What an
+answer reported of its prompt holds for every later prompt that begins with it. Only when this bound does not fit is the
+engine asked to count.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from itertools import accumulate
 from selfhost_cli.proxy.contract import Json, Request
 
 PER_PART = 64
-"""Tokens that a template may put around a message or a tool, generously."""
+"""Tokens that a template may put around a message, a tool or a parameter, generously."""
+PER_IMAGE = 2048
 REMEMBERED = 256
 TOKENS_PER_BYTE = 0.3
 """Of a body, before anything was measured; code and English have about 3.5 bytes a token."""
@@ -41,9 +44,11 @@ class Length:
         self._lengths = lengths
         self._request = request
         self._size = size
+        self.limit = 0
+        """The engine's context, once it is known."""
 
     def fits(self, limit: int) -> bool:
-        """Certainly; False says nothing yet."""
+        """As good as certainly; False says nothing yet."""
         return self._size + self._around <= limit or self.bound <= limit
 
     @property
@@ -60,12 +65,12 @@ class Length:
         """A guess, by what the last prompt turned out to have; never above the bound."""
         return max(1, min(self.bound, round(self._size * self._lengths._ratio)))
 
-    def learn(self, tokens: int, limit: int) -> None:
+    def learn(self, tokens: int) -> None:
         """The engine says that this prompt has so many tokens. Short ones are not kept: they and what follows fit."""
         if tokens <= 0:
             return
         self._lengths._ratio = min(MOST, max(LEAST, tokens / self._size))
-        if self._size < limit // 2:
+        if self._size < self.limit // 2:
             return
         known, digest = self._lengths._known, self._parts[1][-1]
         known[digest] = tokens
@@ -75,7 +80,12 @@ class Length:
 
     @property
     def _around(self) -> int:
-        return PER_PART * (1 + len(self._request.tools) + len(self._request.messages))
+        return self._around_tools + PER_PART + sum(_around(message) for message in self._request.messages)
+
+    @property
+    def _around_tools(self) -> int:
+        schemas = [tool["input_schema"].get("properties") for tool in self._request.tools]
+        return PER_PART * sum(1 + (len(one) if isinstance(one, dict) else 0) for one in schemas)
 
     @cached_property
     def _parts(self) -> tuple[list[int], list[bytes]]:
@@ -83,7 +93,12 @@ class Length:
         request = self._request
         head: list[Json] = [{"system": request.system, "schema": request.schema}, *request.tools]
         parts = [json.dumps(part, ensure_ascii=False).encode("utf-8", "replace") for part in (head, *request.messages)]
-        sizes = [len(part) + PER_PART for part in parts]
-        sizes[0] += PER_PART * len(request.tools)
+        around = [PER_PART + self._around_tools, *(_around(message) for message in request.messages)]
+        sizes = [len(part) + more for part, more in zip(parts, around, strict=True)]
         digests = accumulate(parts, lambda before, part: hashlib.sha256(before + part).digest(), initial=b"")
         return sizes, list(digests)[1:]
+
+
+def _around(message: Json) -> int:
+    images: int = sum((block["type"] == "image") + len(block.get("images", ())) for block in message["content"])
+    return PER_PART + PER_IMAGE * images

@@ -39,10 +39,14 @@ _STRING_PART = re.compile(r'(?:[^"\\]+|\\.)*', re.DOTALL)
 
 
 class Rescue:
-    """For one answer. `repaired` counts the calls that were found in its text."""
+    """For one answer. `repaired` counts the calls that were found in its text.
 
-    def __init__(self, tools: list[Json], max_held: int = MAX_HELD) -> None:
+    `stops`: the client named stop sequences. Not every engine tells that one ended the answer, maybe inside a call.
+    """
+
+    def __init__(self, tools: list[Json], max_held: int = MAX_HELD, *, stops: bool = False) -> None:
         self.repaired = 0
+        self._stops = stops
         self._schemas = {tool["name"]: tool["input_schema"] for tool in tools}
         self._max_held = max_held
         self._off = not tools
@@ -65,7 +69,8 @@ class Rescue:
             case Done():
                 before = self.repaired
                 # a limit may have cut a call short: what is not closed then is not a call
-                yield from self._end(cut=event.reason in ("max_tokens", "stop_sequence"))
+                cut = event.cut or event.reason in ("max_tokens", "stop_sequence")
+                yield from self._end(cut=cut or self._stops)
                 ends_in_calls = self.repaired > before or (self.repaired and event.reason == "end_turn")
                 yield replace(event, reason="tool_use", stop_sequence=None) if ends_in_calls else event
             case _:
@@ -437,7 +442,7 @@ def _fitting(given: Any, schema: Any) -> str:
 
 def _shut_out(key: str, schema: Any) -> bool:
     """The schema knows no such key, and wants no others."""
-    if not isinstance(schema, dict) or schema.get("additionalProperties") is not False:
+    if not isinstance(schema, dict) or schema.get("additionalProperties") is not False or "patternProperties" in schema:
         return False
     return key not in _object(schema.get("properties"))
 
@@ -472,7 +477,7 @@ class _Fit:
 
     def _object(self, value: Json, schema: Json, *, coerce: bool) -> Json:
         properties = _object(schema.get("properties"))
-        others = schema.get("additionalProperties")
+        others = None if "patternProperties" in schema else schema.get("additionalProperties")
         if any(key not in value for key in _array(schema.get("required")) if isinstance(key, str)):
             _refuse()
         return {key: self.fit(part, properties.get(key, others), coerce=coerce) for key, part in value.items()}

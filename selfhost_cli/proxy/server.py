@@ -168,13 +168,13 @@ class _EngineSide:
 
     async def _check_length(self, request: Request, length: Length) -> None:
         """Before the 200, so that it is a real status, and so is an engine that is down."""
-        limit = await self._engine.context()
+        limit = length.limit = await self._engine.context()
         if length.fits(limit):
             return
         tokens = await self._engine.count(request)
         if tokens is None:
             return  # it refuses by itself what does not fit
-        length.learn(tokens, limit)
+        length.learn(tokens)
         if tokens > limit:
             raise too_long(tokens, limit)
 
@@ -188,6 +188,13 @@ class _EngineSide:
             except ProxyError as error:
                 trace().outcome = error.kind
                 await stream.send(_event_of(error, narrator))
+            except ConnectionError:
+                raise
+            except Exception:
+                # the 200 is out: another response in the middle of this one could not be read
+                log.exception("id=%s a bug of ours, or an engine's answer of an unknown shape", trace().id)
+                trace().outcome = "bug"
+                await stream.send(_event_of(EngineBroke("the proxy failed; its log says why"), narrator))
         return stream.response
 
     async def _whole(self, request: Request, length: Length) -> web.Response:
@@ -197,7 +204,8 @@ class _EngineSide:
 
     async def _answer(self, request: Request, length: Length, narrator: Narrator) -> AsyncGenerator[Json]:
         """Wait for a slot and tell what the engine says. Leaving it early cancels the generation."""
-        rescue = Rescue([*request.tools, *request.deferred.values()])
+        stops = bool(request.sampling.get("stop_sequences"))
+        rescue = Rescue([*request.tools, *request.deferred.values()], stops=stops)
         try:
             trace().mark("queued")
             async with self._admission.turn(auxiliary=trace().cls == AUXILIARY):
@@ -215,7 +223,7 @@ class _EngineSide:
                             break
             if not narrator.finished:
                 raise EngineBroke("the engine stopped in the middle of the answer")
-            length.learn(narrator.prompt.total, await self._engine.context())
+            length.learn(narrator.prompt.total)
         finally:
             self._usage["repaired_calls"] += rescue.repaired
             trace().repaired = rescue.repaired

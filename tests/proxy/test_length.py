@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from selfhost_cli.proxy import contract
 from selfhost_cli.proxy.length import REMEMBERED, Length, Lengths
 
-LIMIT = 4096
-
 
 def of(lengths: Lengths, *texts: str, **fields: Any) -> Length:
     roles = ("user", "assistant")
@@ -32,7 +30,7 @@ def test_the_bound_is_never_below_the_bytes(texts: list[str], system: str) -> No
 
 def test_what_was_learned_of_a_beginning_holds_for_what_continues_it() -> None:
     lengths = Lengths()
-    of(lengths, "word " * 1000).learn(1005, LIMIT)
+    of(lengths, "word " * 1000).learn(1005)
     assert of(lengths, "word " * 1000).bound == 1005
     assert 1005 < of(lengths, "word " * 1000, "Fine.", "Go on.").bound < 1500
     assert of(lengths, "word " * 1000, "Fine.", "Go on.").fits(1500)
@@ -40,7 +38,7 @@ def test_what_was_learned_of_a_beginning_holds_for_what_continues_it() -> None:
 
 def test_another_system_prompt_or_another_tool_is_another_beginning() -> None:
     lengths = Lengths()
-    of(lengths, "word " * 1000).learn(1005, LIMIT)
+    of(lengths, "word " * 1000).learn(1005)
     tool = {"name": "Read", "description": "", "input_schema": {"type": "object"}}
     assert of(lengths, "word " * 1000, system="Be brief.").bound > 5000
     assert of(lengths, "word " * 1000, tools=[tool]).bound > 5000
@@ -49,7 +47,7 @@ def test_another_system_prompt_or_another_tool_is_another_beginning() -> None:
 
 def test_the_guess_follows_what_was_measured_and_stays_below_the_bound() -> None:
     lengths = Lengths()
-    of(lengths, "word " * 1000).learn(1005, LIMIT)
+    of(lengths, "word " * 1000).learn(1005)
     assert 1500 < of(lengths, "some " * 2000).estimate < 2500
     assert of(lengths, "word " * 1000).estimate == 1005
     assert of(lengths, "x").estimate >= 1
@@ -58,13 +56,13 @@ def test_the_guess_follows_what_was_measured_and_stays_below_the_bound() -> None
 def test_an_answer_that_was_not_finished_teaches_nothing() -> None:
     lengths = Lengths()
     before = of(lengths, "hello").bound
-    of(lengths, "hello").learn(0, LIMIT)
+    of(lengths, "hello").learn(0)
     assert of(lengths, "hello").bound == before
 
 
 def test_old_prompts_are_forgotten() -> None:
     lengths = Lengths()
     for number in range(REMEMBERED + 10):
-        of(lengths, f"number {number}").learn(5, 0)
+        of(lengths, f"number {number}").learn(5)
     assert of(lengths, "number 0").bound > 5
     assert of(lengths, f"number {REMEMBERED + 9}").bound == 5

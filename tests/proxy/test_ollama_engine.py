@@ -521,3 +521,72 @@ async def test_the_generation_ends_when_nobody_listens_any_more() -> None:
         async with aclosing(made.messages(contract.parse(json.dumps(HI).encode()))) as answer:
             assert await anext(answer) == Text("Hel")
         await eventually(lambda: stub.gone == 1, 1)
+
+
+LEAK = ["<function=Write>\n<parameter=path>\n/x\n</parameter>\n<parameter=content>\n", "0,0,0,0,"]
+WRITE = {"name": "Write", "input_schema": {"type": "object", "properties": {"path": {}, "content": {}}}}
+
+
+@asynchronous
+async def test_a_leaked_call_that_is_stopped_in_its_middle_stays_text_and_our_notice_is_no_part_of_it(
+    tmp_path: Path,
+) -> None:
+    stub = OllamaStub(script=[record(piece) for piece in LEAK])
+    async with proxied(stub, tmp_path) as proxy:
+        status, message, _ = await proxy.answer(HI | {"tools": [WRITE]})
+    assert (status, message["stop_reason"]) == (200, "end_turn")
+    said_ = "".join(block["text"] for block in message["content"])
+    assert said_.startswith("".join(LEAK))
+    assert said_.endswith("because it only repeated itself.]")
+
+
+@asynchronous
+async def test_a_leaked_call_that_a_stop_sequence_cut_stays_text(tmp_path: Path) -> None:
+    async with proxied(OllamaStub(script=said(*LEAK)), tmp_path) as proxy:
+        _, message, _ = await proxy.answer(HI | {"tools": [WRITE], "stop_sequences": ["END"]})
+    assert [block["type"] for block in message["content"]] == ["text"]
+
+
+@asynchronous
+async def test_a_call_before_an_end_that_never_came_is_one() -> None:
+    answer = await events(OllamaStub(script=[called("Read", {"p": "/a"})]), TOOLS)
+    assert answer[-1] == Done("tool_use", 1, cut=True)
+
+
+@asynchronous
+async def test_an_answer_without_a_record_is_no_answer() -> None:
+    with pytest.raises(EngineDown, match="before it began"):
+        await events(OllamaStub(script=[]), HI)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"tool_calls": [{"id": "x"}]}, {"tool_calls": ["x"]}, {"tool_calls": [{"function": 7}]}]
+)
+def test_a_record_of_an_unknown_shape_is_an_error_in_the_stream(odd: Json, tmp_path: Path) -> None:
+    @asynchronous
+    async def ask() -> None:
+        async with proxied(OllamaStub(script=[record("Hello"), record("", **odd), done()]), tmp_path) as proxy:
+            events = await proxy.stream()
+        assert events[-1]["type"] == "error"
+
+    ask()
+
+
+@pytest.mark.parametrize(
+    "more", [{"output_config": {"format": {"type": "json_schema", "schema": {}}}}, {"stop_sequences": ["X"]}]
+)
+def test_nothing_is_generated_behind_an_answer_of_a_given_form_or_end(more: Json) -> None:
+    @asynchronous
+    async def ask() -> None:
+        stub = OllamaStub(script=said("{}", tokens=40))
+        await events(stub, TOOLS | more)
+        assert stub.generated == []
+
+    ask()
+
+
+@asynchronous
+async def test_characters_of_several_tokens_are_not_taken_for_a_loss() -> None:
+    stub = OllamaStub(script=said(*("\N{GRINNING FACE}" * 12), tokens=36))
+    await events(stub, TOOLS)
+    assert stub.generated == []

@@ -619,6 +619,14 @@ def test_a_machine_is_not_blamed_for_what_no_machine_could_do(stage: Stage) -> N
     assert lifecycle.up(stage.world, lambda plan: True).machine_id == 1
 
 
+def test_a_gpu_that_is_not_used_may_be_the_machines_fault(stage: Stage) -> None:
+    with serving(MODEL, CONTEXT, "ollama", size=1000, size_vram=0) as front:
+        stage.keeper.front = front
+        with pytest.raises(SelfhostError, match="0% of the model is on the GPU"):
+            lifecycle.up(with_ollama(stage), lambda plan: True)
+    assert not stage.ledger.all()[0].blameless
+
+
 def test_a_market_that_is_away_is_said_at_once_when_nothing_speaks_for_a_box(stage: Stage) -> None:
     stage.market.unreachable = 1
     before = stage.clock.time()

@@ -46,10 +46,14 @@ def test_a_model_that_is_not_there_is_an_error_before_money_is_spent(registry: F
         models.size("tiny:7b", registry.url)
 
 
-@pytest.mark.parametrize("model", ["qwen3-coder:480b-cloud", "minimax-m2:cloud"])
+@pytest.mark.parametrize("model", ["qwen3-coder:480b-cloud", "minimax-m2:cloud", "user/m:a-b-cloud"])
 def test_a_model_that_runs_elsewhere_is_refused(model: str) -> None:
     with pytest.raises(UsageError, match="Ollama's own machines"):
         models.size(model, "http://127.0.0.1:1")
+
+
+def test_only_the_tag_says_where_a_model_runs() -> None:
+    assert models.size("someone/notes-cloud", "http://127.0.0.1:1") is None
 
 
 def test_a_registry_that_does_not_answer_sensibly_is_no_error(registry: Files) -> None:

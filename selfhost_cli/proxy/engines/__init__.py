@@ -47,11 +47,17 @@ class ToolInput:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The answer is complete. Always the last event."""
+    """The answer is over. Always the last event.
+
+    `cut`: it was ended from outside, so what is open at its end is not whole. `notice`: why, to be read behind its text
+    unless it ends in a call; words of ours, which nothing may take for the model's.
+    """
 
     reason: StopReason
     output_tokens: int
     stop_sequence: str | None = None
+    cut: bool = False
+    notice: str = ""
 
 
 AnswerEvent = Prompt | Text | Thinking | ToolCall | ToolInput | Done

@@ -74,6 +74,9 @@ class OllamaEngine(Upstream):
         self._shown: tuple[str, Json] | None = None
 
     async def health(self) -> Health:
+        return (await self._look())[1]
+
+    async def _look(self) -> tuple[_Loaded, Health]:
         base = self._base_url()
         running = (await self._ask("/api/ps")).get("models") or []
         loaded = next((entry for entry in running if _same(entry.get("name"), self._model)), None)
@@ -83,7 +86,8 @@ class OllamaEngine(Upstream):
         if not isinstance(context, int):
             raise EngineDown(f"{self.name} does not tell its context")
         shown = await self._show(str(loaded.get("digest")))
-        self._loaded = {base: _model(context, shown)}
+        model = _model(context, shown)
+        self._loaded = {base: model}
         details: Any = shown.get("details") or {}
         facts = {
             "version": (await self._ask("/api/version")).get("version"),
@@ -93,7 +97,7 @@ class OllamaEngine(Upstream):
             "parameters": details.get("parameter_size"),
             "quantization": details.get("quantization_level"),
         }
-        return Health(context, facts={name: value for name, value in facts.items() if value is not None})
+        return model, Health(context, facts={name: value for name, value in facts.items() if value is not None})
 
     async def context(self) -> int:
         return (await self._current()).context
@@ -136,6 +140,8 @@ class OllamaEngine(Upstream):
                         yield event
             except (aiohttp.ClientError, OSError) as error:
                 raise answer.broken(f"{self.name} broke off: {error or type(error).__name__}") from error
+            except (KeyError, TypeError, AttributeError) as error:
+                raise EngineBroke(f"{self.name} sent a record of an unknown shape") from error
 
     async def _rendered(self, chat: Json) -> str | None:
         """The prompt up to where the answer begins, a prefill not included; None when it cannot be had.
@@ -159,10 +165,8 @@ class OllamaEngine(Upstream):
             return None
 
     async def _current(self) -> _Loaded:
-        base = self._base_url()
-        if base not in self._loaded:
-            await self.health()
-        return self._loaded[base]
+        known = self._loaded.get(self._base_url())
+        return known if known is not None else (await self._look())[0]
 
     async def _show(self, digest: str) -> Json:
         """What the model is; asked once, because it takes Ollama longer than all the rest."""
@@ -183,6 +187,7 @@ class _Answer:
         """Records that held something; with text, Ollama sends one for each token."""
         self._request = request
         self._model = model
+        self._heard = False
         self._called = False
         self._garbled = False
         self._end: Json | None = None
@@ -194,6 +199,7 @@ class _Answer:
         if "error" in record:
             self.fail(500, record["error"])
             return
+        self._heard = True
         message = record.get("message")
         message = message if isinstance(message, dict) else {"content": record.get("response")}
         thinking, text, calls = message.get("thinking"), message.get("content"), message.get("tool_calls") or []
@@ -235,13 +241,15 @@ class _Answer:
             return False
         # parsers of one model put several tokens into a record
         comparable = self._model.generic or not self.pieces
-        return comparable and number(self._end, "eval_count") - self.pieces > SWALLOWED
+        # and a character outside of ASCII may have taken several
+        told = self.pieces + sum(byte > 127 for text in self._said for byte in text.encode("utf-8", "replace"))
+        return comparable and number(self._end, "eval_count") - told > SWALLOWED
 
     @property
     def _resumable(self) -> bool:
-        """Raw generation knows no tool choice, and would show the tags around the thoughts."""
+        """Raw generation knows no tool choice, form or stop of the answer, and would show the tags around thoughts."""
         asked = self._request
-        forced = asked.force_tool or asked.prefill
+        forced = asked.force_tool or asked.prefill or asked.schema is not None or "stop_sequences" in asked.sampling
         return bool(asked.tools) and not (forced or asked.thinking or self._called or self._resumed is not None)
 
     def resume(self) -> str:
@@ -258,15 +266,19 @@ class _Answer:
     def finish(self) -> Iterator[AnswerEvent]:
         if self._garbled:
             raise self.broken("the engine could not read the call that the model wrote")
-        if self._end is None:
-            # As an error, or as max_tokens, Claude Code would ask for more of it; so it reads why, and the turn ends.
-            yield Text(REPEATED)
-            yield self.prompt or Prompt(0)
-            yield Done("end_turn", self.pieces)
-            return
-        reason = _reason(self._end)
+        if not self._heard:
+            raise self.broken("the engine ended the answer before it began")
         if self._request.force_tool and not self._called:
             yield from self._forced()
+        if self._end is None:
+            yield self.prompt or Prompt(0)
+            if self._called:
+                yield Done("tool_use", self.pieces, cut=True)
+            else:
+                # After an error or max_tokens, Claude Code would ask for more of it; so it reads why, and the turn ends
+                yield Done("end_turn", self.pieces, cut=True, notice=REPEATED)
+            return
+        reason = _reason(self._end)
         yield self.prompt or self._prompt()
         tokens = (self._resumed or 0) + number(self._end, "eval_count")
         stops = self._request.sampling.get("stop_sequences") or []
