@@ -15,14 +15,14 @@ from aiohttp import web
 
 from selfhost_cli import __version__
 from selfhost_cli.proxy.engines import Engine
-from selfhost_cli.proxy.engines.anthropic import AnthropicEngine
+from selfhost_cli.proxy.engines.llamacpp import LlamaCppEngine
 from selfhost_cli.proxy.engines.ollama import OllamaEngine
 from selfhost_cli.proxy.rundir import RunDir
 from selfhost_cli.proxy.server import Settings, build_server
 from selfhost_cli.proxy.web import runner
 
 ENGINES: Mapping[str, Callable[[str, str, Callable[[], str]], Engine]] = {
-    "llamacpp": AnthropicEngine,
+    "llamacpp": LlamaCppEngine,
     "ollama": OllamaEngine,
 }
 

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 import time
+import zlib
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,7 +17,15 @@ from aiohttp.typedefs import Handler, Middleware
 
 from selfhost_cli.proxy import sse
 from selfhost_cli.proxy.contract import Json
-from selfhost_cli.proxy.errors import INVALID, ProxyError, new_request_id, not_found, too_large, unauthorized
+from selfhost_cli.proxy.errors import (
+    INVALID,
+    ProxyError,
+    invalid,
+    new_request_id,
+    not_found,
+    too_large,
+    unauthorized,
+)
 
 MAX_BODY = 32 * 2**20
 PING_EVERY = 5.0
@@ -108,18 +117,42 @@ def application(
 
 
 def runner(app: web.Application) -> web.AppRunner:
-    """How either role has to be hosted: handlers are cancelled when their client is gone."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=2)
+    """How either role has to be hosted: handlers are cancelled when their client is gone.
+
+    aiohttp would answer a body that is not compressed as its head says in plain text, or by hanging up.
+    """
+    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=2, auto_decompress=False)
 
 
 async def read_body(http: web.Request) -> bytes:
-    """The whole body, or ProxyError 413."""
+    """The whole body, unpacked; or ProxyError 400, 413, 415."""
     if (http.content_length or 0) > MAX_BODY:
         raise too_large(MAX_BODY)
     try:
-        return await http.read()
+        body = await http.read()
     except web.RequestPayloadError as error:
-        raise ProxyError(400, INVALID, f"the body cannot be read: {error}") from error
+        raise invalid(f"the body cannot be read: {error}") from error
+    match http.headers.get("content-encoding", "identity").strip().lower():
+        case "identity" | "":
+            return body
+        case "gzip" | "x-gzip" | "deflate" as encoding:
+            return _unpacked(encoding, body)
+        case encoding:
+            raise ProxyError(415, INVALID, f"content-encoding {encoding!r} is not known here; gzip and deflate are")
+
+
+def _unpacked(encoding: str, body: bytes) -> bytes:
+    either = zlib.MAX_WBITS | 32  # the header says which of the two it is
+    try:
+        unpacker = zlib.decompressobj(either)
+        unpacked = unpacker.decompress(body, MAX_BODY)
+    except zlib.error as error:
+        raise invalid(f"the body is not what its content-encoding says ({encoding})") from error
+    if unpacker.unconsumed_tail:
+        raise too_large(MAX_BODY)
+    if not unpacker.eof:
+        raise invalid(f"the body breaks off in the middle of its content-encoding ({encoding})")
+    return unpacked
 
 
 class EventStream:

@@ -209,11 +209,13 @@ def as_body(body: Any) -> bytes:
 
 
 @asynccontextmanager
-async def proxied(stub: LlamaStub | None, run: Path, **settings: Any) -> AsyncIterator[Proxy]:
-    """A proxy in front of that stub; with None the engine is not up."""
+async def proxied(
+    stub: LlamaStub | None, run: Path, kind: type[Any] | None = None, **settings: Any
+) -> AsyncIterator[Proxy]:
+    """A proxy in front of that stub, through its adapter or that one; with None the engine is not up."""
     quick = replace(Settings(TOKEN, "tiny", "0.0"), touch_every=0.01, ready_every=0.01)
     made = stub or LlamaStub()
-    engine = made.kind(made.name, "tiny", RunDir(run).engine_url)
+    engine = (kind or made.kind)(made.name, "tiny", RunDir(run).engine_url)
     app = build_server(replace(quick, **settings), engine, RunDir(run))
     async with serving(app) as url, aiohttp.ClientSession() as session:
         if stub is None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
 import logging
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from selfhost_cli.proxy.web import MAX_BODY
 from tests.proxy.kit import (
     AUTH,
     HELLO,
@@ -122,6 +125,33 @@ async def test_a_body_over_the_limit_is_a_413_whether_or_not_its_length_is_told(
             assert_error(response.status, await response.json(), 413, "request_too_large")
         async with proxy.session.post(f"{proxy.url}/v1/messages", data=endless(), headers=AUTH) as response:
             assert_error(response.status, await response.json(), 413, "request_too_large")
+
+
+PACKED = gzip.compress(json.dumps(HI).encode())
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "status"),
+    [
+        ("gzip", PACKED, 200),
+        ("Deflate", zlib.compress(json.dumps(HI).encode()), 200),
+        ("identity", json.dumps(HI).encode(), 200),
+        ("gzip", json.dumps(HI).encode(), 400),
+        ("gzip", PACKED[:-9], 400),
+        ("gzip", gzip.compress(b" " * (MAX_BODY + 1)), 413),
+        ("br", json.dumps(HI).encode(), 415),
+    ],
+)
+def test_a_packed_body_is_unpacked_or_refused_in_anthropics_words(
+    tmp_path: Path, encoding: str, body: bytes, status: int
+) -> None:
+    @asynchronous
+    async def ask() -> None:
+        async with proxied(LlamaStub(), tmp_path) as proxy:
+            answered, message, _ = await proxy.answer(body, **{"content-encoding": encoding})
+        assert (answered, message["type"]) == (status, "message" if status == 200 else "error")
+
+    ask()
 
 
 @asynchronous

@@ -135,6 +135,19 @@ async def test_tools_and_the_choice_of_them_pass(tools: int, force: bool, choice
         assert body["tools"][0] == {"type": "function", "function": function}
 
 
+@pytest.mark.parametrize(
+    ("owner", "force", "choice"), [("llamacpp", False, "none"), ("llamacpp", True, "required"), ("vllm", False, "auto")]
+)
+@asynchronous
+async def test_a_grammar_of_the_listed_tools_is_not_put_over_a_call_to_a_deferred_one(
+    owner: str, force: bool, choice: str
+) -> None:
+    offered, late = [READ, READ | {"name": "Write"}], {"Late": READ | {"name": "Late"}}
+    body = await asked(Request([user(text("hi"))], tools=offered, deferred=late, force_tool=force), owner)
+    assert [tool["function"]["name"] for tool in body["tools"]] == ["Read", "Write"]
+    assert body["tool_choice"] == choice
+
+
 @asynchronous
 async def test_sampling_schema_and_thinking_pass_in_the_words_of_the_api() -> None:
     sampling = {"temperature": 0, "top_p": 0.5, "top_k": 7, "stop_sequences": ["</x>"]}
@@ -303,6 +316,8 @@ async def test_the_reason_of_the_end_is_told(end: list[Step], done: Done) -> Non
         [*words("hi"), "die"],
         [*words("hi"), b"data: no JSON\n\n"],
         [*words("hi"), sent([])],
+        [*words("hi"), sent({"choices": ["odd"]}), *ended()],
+        [*words("hi"), chunk({"tool_calls": ["odd"]}), *ended()],
         [*words("hi"), sent({"error": {"message": "busy", "code": 503}}), *ended()],
         [*words("hi"), sent({"error": {"message": "busy", "type": "unavailable_error"}}), *ended()],
         [*words("hi"), sent({"object": "error", "message": "busy", "type": "x", "code": 429}), *ended()],

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import selfhost_cli
+from selfhost_cli.proxy.engines.llamacpp import LlamaCppEngine
 from selfhost_cli.sandbox import assets
 from selfhost_cli.sandbox.assets import Assets
 from tests.proxy.kit import HI, Proxy, assert_error, asynchronous, check_grammar, proxied, texts
@@ -72,7 +73,7 @@ def engine(downloads: Assets, engine_python: Path, tmp_path_factory: pytest.Temp
 @asynccontextmanager
 async def before(engine: Path, run: Path) -> AsyncIterator[Proxy]:
     (run / "engine.port").write_text(engine.read_text())
-    async with proxied(None, run) as proxy:
+    async with proxied(None, run, LlamaCppEngine) as proxy:
         yield proxy
 
 
@@ -106,6 +107,17 @@ async def test_a_tool_is_called_and_its_result_answered_in_words(engine: Path, t
         events = await proxy.stream(TASK | {"messages": TASK["messages"] + turns, "stream": True})
     assert check_grammar(events)["delta"]["stop_reason"] == "end_turn"
     assert "42" in texts(events)
+
+
+@asynchronous
+async def test_a_call_to_a_deferred_tool_is_not_made_one_to_another(engine: Path, tmp_path: Path) -> None:
+    call = '<tool_call>\n{"name": "Late", "arguments": {"file_path": "x"}}\n</tool_call>'
+    tools = [tool("Read", "file_path"), tool("Late", "file_path") | {"defer_loading": True}]
+    ask = [{"role": "user", "content": f"Write exactly this and nothing else:\n{call}"}]
+    async with before(engine, tmp_path) as proxy:
+        events = await proxy.stream(TASK | {"tools": tools, "messages": ask, "stream": True})
+    assert check_grammar(events)["delta"]["stop_reason"] == "tool_use"
+    assert [e["content_block"]["name"] for e in events if e["type"] == "content_block_start"] == ["Late"]
 
 
 @asynchronous

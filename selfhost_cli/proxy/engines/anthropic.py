@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
-import aiohttp
-
 from selfhost_cli.proxy import sse
 from selfhost_cli.proxy.contract import Json, Request
 from selfhost_cli.proxy.engines import (
@@ -69,12 +67,10 @@ class AnthropicEngine(Upstream):
         async with self._request("/v1/messages", body, PATIENT) as response:
             if response.status != 200:
                 raise (await refusal(response)).error()
-            try:
+            with self._reading():
                 async for event in _answer(sse.events(response.content.iter_any())):
                     for kept in prefill.without(event):
                         yield kept
-            except (aiohttp.ClientError, OSError) as error:
-                raise EngineBroke(f"{self.name} broke off: {error or type(error).__name__}") from error
 
     def _body(self, request: Request) -> Json:
         body: Json = {

@@ -46,12 +46,14 @@ class Dialect:
     """Where servers of this API differ.
 
     `template`: it renders one that takes arguments, and knows top_k; others may refuse fields that they do not know.
+    `grammar`: one of the listed tools holds a call in form, so that none of another tool can be written.
     `counter`: the path that counts a prompt, and the key of its answer. `resume`: what makes it continue a last message
     that is the assistant's. `repeats`: such an answer begins with that message again.
     """
 
     name: str
     template: bool = True
+    grammar: bool = False
     counter: tuple[str, str] | None = None
     resume: Json = field(default_factory=dict)
     repeats: bool = False
@@ -59,7 +61,7 @@ class Dialect:
 
 # an API that knows nothing of resuming may repeat the beginning or not
 PLAIN = Dialect("openai", template=False, repeats=True)
-LLAMACPP = Dialect("llamacpp", counter=(f"{CHAT}/input_tokens", "input_tokens"), repeats=True)
+LLAMACPP = Dialect("llamacpp", grammar=True, counter=(f"{CHAT}/input_tokens", "input_tokens"), repeats=True)
 RESUME = {"continue_final_message": True, "add_generation_prompt": False}
 VLLM = Dialect("vllm", counter=("/tokenize", "count"), resume=RESUME)
 SGLANG = Dialect("sglang", resume={"continue_final_message": True})
@@ -121,13 +123,11 @@ class OpenAIEngine(Upstream):
         body = self._body(request, dialect) | {"stream": True, "stream_options": {"include_usage": True}}
         prefill = Prefill(request.prefill if dialect.repeats else "")
         async with self._accepted(body) as response:
-            try:
+            with self._reading():
                 chunks = sse.events(response.content.iter_any())
                 async for event in _answer(chunks, request.sampling.get("stop_sequences", [])):
                     for kept in prefill.without(event):
                         yield kept
-            except (aiohttp.ClientError, OSError) as error:
-                raise EngineBroke(f"{self.name} broke off: {error or type(error).__name__}") from error
 
     def _listed(self, models: Json) -> Json:
         """Our model in the list. One that serves a single model may have another name for it."""
@@ -164,7 +164,7 @@ class OpenAIEngine(Upstream):
                 body[theirs] = request.sampling[ours]
         if request.tools:
             body["tools"] = [_tool(tool) for tool in request.tools]
-            body["tool_choice"] = _choice(request)
+            body["tool_choice"] = _choice(request, dialect)
         if request.schema is not None:
             schema = {"name": "answer", "schema": request.schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -199,9 +199,10 @@ def _tool(tool: Json) -> Json:
     return {"type": "function", "function": function}
 
 
-def _choice(request: Request) -> str | Json:
+def _choice(request: Request, dialect: Dialect) -> str | Json:
     if not request.force_tool:
-        return "auto"
+        # the list is rendered all the same, and calls are found in the text
+        return "none" if dialect.grammar and request.deferred else "auto"
     if len(request.tools) > 1:
         return "required"
     return {"type": "function", "function": {"name": request.tools[0]["name"]}}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,16 @@ class Upstream:
         finally:
             # not release(): an answer that nobody reads any more must stop being generated now
             response.close()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Around an answer that comes: what goes wrong with it is the engine's."""
+        try:
+            yield
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineBroke(f"{self.name} broke off: {error or type(error).__name__}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EngineBroke(f"{self.name} sent an event of an unknown shape") from error
 
     def _down(self, error: Exception) -> EngineDown:
         return EngineDown(f"{self.name} does not answer: {error or type(error).__name__}")
