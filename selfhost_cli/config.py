@@ -141,7 +141,7 @@ class Settings:
     context: int = _setting(65_536, "context window in tokens")
     pip_args: str = _setting("", "arguments for pip on the box")
     proxy_requirements: str = _setting(
-        "aiohttp==3.14.5 prometheus-client==0.26.0", "what the proxy on the box is run with"
+        "aiohttp==3.14.5 orjson==3.13.0 prometheus-client==0.26.0", "what the proxy on the box is run with"
     )
     engine_requirements: str = _setting("xllamacpp==2026.10.11549", "what llamacpp is installed from")
     port: int = _setting(8001, "the local port Claude Code talks to; the next free one when taken")

@@ -54,7 +54,7 @@ class InstallSpec:
     sha256: str = ""
     size: int | None = None
     pip_args: str = ""
-    proxy_requirements: str = "aiohttp>=3.11 prometheus-client>=0.22"
+    proxy_requirements: str = "aiohttp>=3.11 orjson>=3.10 prometheus-client>=0.22"
     engine_requirements: str = ""
     ollama_url: str = ""
     ollama_version: str = ""

@@ -49,6 +49,7 @@ main() {
   [ -z "$skip_redis" ] || note "no Redis here: the cache lives in the front, on your own machine"
   check_engine
   step tools "$TOOLS"
+  bring_proxy
   case $ENGINE in
     ollama)
       # Its server is what pulls the model. Its checksum is no input: one that was not known before changes nothing.
@@ -116,7 +117,7 @@ settings() {
   CONTEXT=${opt_context:-${SELFHOST_CONTEXT:-65536}}
   TOKEN=${SELFHOST_TOKEN:-$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')}
   : "${SELFHOST_MODEL_URL=}" "${SELFHOST_MODEL_SHA256=}" "${SELFHOST_MODEL_BYTES=}" "${SELFHOST_PIP_ARGS=}"
-  : "${SELFHOST_PROXY_REQUIREMENTS=aiohttp>=3.11 prometheus-client>=0.22}" "${SELFHOST_ENGINE_REQUIREMENTS=xllamacpp}" "${SELFHOST_VERSION=}"
+  : "${SELFHOST_PROXY_REQUIREMENTS=aiohttp>=3.11 orjson>=3.10 prometheus-client>=0.22}" "${SELFHOST_ENGINE_REQUIREMENTS=xllamacpp}" "${SELFHOST_VERSION=}"
   : "${SELFHOST_OLLAMA_VERSION:=0.34.0}" "${SELFHOST_OLLAMA_SHA256=}" "${SELFHOST_OLLAMA_BYTES=}" "${SELFHOST_REGISTRY=}"
   : "${SELFHOST_OLLAMA_URL:=https://ollama.com/download/ollama-linux-amd64.tar.zst}"
   OLLAMA_URL="$SELFHOST_OLLAMA_URL?version=$SELFHOST_OLLAMA_VERSION"
@@ -144,10 +145,17 @@ bring_parts() {
   for part in install.sh start.sh stop.sh llamacpp.py ollama.py proxy.zip; do
     [ ! -f "$HERE/$part" ] || cp "$HERE/$part" bin/
   done
-  if [ -f "$HERE/../selfhost_cli/payload.py" ]; then
-    PYTHONPATH=$HERE/.. python3 -c \
-      'import sys; from selfhost_cli.payload import proxy_zip; sys.stdout.buffer.write(proxy_zip())' >bin/proxy.zip
+}
+
+# In a checkout the proxy is still to be packed, which takes a Python; before the long downloads, which need none.
+bring_proxy() {
+  STEP=proxy
+  if [ "$HERE" != "$(pwd)/bin" ] && [ -f "$HERE/../selfhost_cli/payload.py" ]; then
+    PYTHONPATH=$HERE/.. "$PY" -c \
+      'import sys; from selfhost_cli.payload import proxy_zip; sys.stdout.buffer.write(proxy_zip())' >tmp/proxy.zip &&
+      mv tmp/proxy.zip bin/proxy.zip || fail "the proxy of $HERE/.. could not be packed"
   fi
+  [ -s bin/proxy.zip ] || fail "proxy.zip is not in ~/.selfhost/bin: \`selfhost up\` puts it there"
 }
 
 # Before anything is downloaded: every second here is paid for.
@@ -208,8 +216,7 @@ do_tools() {
     [ -z "$missing" ] || fail "still missing after apt-get: $missing"
   fi
   find_python || fail "$(python3 -V) found, but 3.11 or newer is needed"
-  [ -f bin/start.sh ] && [ -f bin/stop.sh ] && [ -f bin/proxy.zip ] ||
-    fail "start.sh, stop.sh or proxy.zip is not in ~/.selfhost/bin: \`selfhost up\` puts them there"
+  [ -f bin/start.sh ] && [ -f bin/stop.sh ] || fail "start.sh or stop.sh is not in ~/.selfhost/bin: \`selfhost up\` puts them there"
   DONE=$("$PY" -V)
 }
 
@@ -276,8 +283,6 @@ do_model() {
 
 # The server pulls; ollama.py asks it to, and tells how far it is: DONE TOTAL TEXT.
 pull() {
-  # No loop runs: the number is an old one, and that port may be somebody else's Ollama by now.
-  ! flock -ns run/engine.lock true || rm -f run/engine.port
   renew engine
   sh bin/start.sh engine 3>&- 4>&- 7>&- || fail "the engine could not be started"
   began=$(date +%s)
@@ -561,7 +566,7 @@ remote_size() {
 }
 
 have_proxy() {
-  satisfied proxy/venv "$SELFHOST_PROXY_REQUIREMENTS" && [ -f bin/proxy.zip ]
+  satisfied proxy/venv "$SELFHOST_PROXY_REQUIREMENTS" && [ -s bin/proxy.zip ]
 }
 
 do_proxy() {
@@ -660,6 +665,8 @@ renew() {
     sh bin/stop.sh "$1" || fail "the $1 that runs does not end"
     echo "$inputs_now" >"run/$1.inputs"
   fi
+  # Where no loop runs, the number is an old one: that port may be somebody else's engine by now. The proxy keeps its.
+  [ "$1" != engine ] || ! flock -ns run/engine.lock true || rm -f run/engine.port
   rm -f "run/$1.deaths" "run/$1.problem"
 }
 

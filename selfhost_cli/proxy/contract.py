@@ -8,12 +8,12 @@ string or block content) is gone, and the prompt of the next turn extends that o
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
+from selfhost_cli.proxy.codec import decode
 from selfhost_cli.proxy.errors import invalid
 
 Json = dict[str, Any]
@@ -82,8 +82,8 @@ def parse(body: bytes) -> Request:
 def load(body: bytes) -> Json:
     """A JSON object, or a ProxyError (400)."""
     try:
-        data = json.loads(body, parse_constant=_no_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
+        data = decode(body)
+    except ValueError as error:
         raise invalid(f"the body is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise invalid("the body is not a JSON object")
@@ -377,18 +377,6 @@ def _passed(where: str, value: Json) -> Json:
         if not level:
             return value
     raise invalid(f"{where}: Input is nested more than {MAX_DEPTH} levels deep")
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    """1e999 is JSON, but what Python would write for it is not."""
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError("a number is out of range")
-    return number
 
 
 def _number(value: Any) -> TypeGuard[int | float]:

@@ -9,11 +9,11 @@ engine asked to count.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import OrderedDict
 from functools import cached_property
 from itertools import accumulate
 
+from selfhost_cli.proxy.codec import encode
 from selfhost_cli.proxy.contract import Json, Request
 
 PER_PART = 64
@@ -92,7 +92,7 @@ class Length:
         """Per part (system and tools, then each message): the most tokens it can have, and the digest up to its end."""
         request = self._request
         head: list[Json] = [{"system": request.system, "schema": request.schema}, *request.tools]
-        parts = [json.dumps(part, ensure_ascii=False).encode("utf-8", "replace") for part in (head, *request.messages)]
+        parts = [encode(part) for part in (head, *request.messages)]
         around = [PER_PART + self._around_tools, *(_around(message) for message in request.messages)]
         sizes = [len(part) + more for part, more in zip(parts, around, strict=True)]
         digests = accumulate(parts, lambda before, part: hashlib.sha256(before + part).digest(), initial=b"")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from typing import Any, NamedTuple
+
+from selfhost_cli.proxy import codec
 
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 
@@ -25,11 +26,12 @@ class Parser:
         self._data: list[str] = []
 
     def feed(self, chunk: bytes) -> Iterator[Event]:
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        for line in lines:
-            event = self._line(line.removesuffix(b"\r").decode("utf-8", "replace"))
-            if event:
-                yield event
+        lines, ended, rest = (self._rest + chunk).rpartition(b"\n")
+        self._rest = rest
+        if ended:
+            for line in lines.decode("utf-8", "replace").split("\n"):
+                if event := self._line(line.removesuffix("\r")):
+                    yield event
 
     def _line(self, line: str) -> Event | None:
         if not line:
@@ -54,4 +56,4 @@ async def events(chunks: AsyncIterable[bytes]) -> AsyncIterator[Event]:
 
 def encode(event: dict[str, Any]) -> bytes:
     """One Anthropic event, named by its own type."""
-    return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), codec.encode(event))

@@ -8,6 +8,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,6 +30,8 @@ from selfhost_cli.proxy.errors import (
 
 MAX_BODY = 32 * 2**20
 PING_EVERY = 5.0
+MOST_PENDING = 2**14
+"""Bytes of events that are written in the next moment; more than that only a slow reader leaves."""
 PUBLIC = frozenset({"/", "/api/hello"})
 AUXILIARY = "auxiliary"
 CLASSES = frozenset({"main", "subagent", "workflow", "compaction", AUXILIARY, "side_reply"})
@@ -158,13 +161,17 @@ def _unpacked(encoding: str, body: bytes) -> bytes:
 class EventStream:
     """A 200 of server-sent events whose headers leave at once, with a ping in every silence.
 
-    Use as an async context manager; a client that is gone shows as ConnectionError from `send`.
+    Events that come in one go leave in one piece: a write each would cost more than all the rest. Use as an async
+    context manager; a client that is gone shows as ConnectionError, a slow one as a `send` that waits.
     """
 
     def __init__(self, http: web.Request, ping_every: float = PING_EVERY) -> None:
         self._http = http
         self._every = ping_every
-        self._last = time.monotonic()
+        self._pending = bytearray()
+        self._news, self._room = asyncio.Event(), asyncio.Event()
+        self._closing = False
+        self._gone: ConnectionError | None = None
         self.response = web.StreamResponse(
             headers={
                 "content-type": "text/event-stream; charset=utf-8",
@@ -175,27 +182,46 @@ class EventStream:
 
     async def __aenter__(self) -> EventStream:
         await self.response.prepare(self._http)
-        self._pinger = asyncio.create_task(self._ping())
+        self._writer = asyncio.create_task(self._write())
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        self._pinger.cancel()
+    async def __aexit__(self, failed: object, *_: object) -> None:
+        if failed:
+            self._writer.cancel()
+            return
+        self._closing = True
+        self._news.set()
+        await self._writer
+        self._check()
 
     async def send(self, event: Json) -> None:
-        self._last = time.monotonic()
-        await self.response.write(sse.encode(event))
+        self._check()
+        self._pending += sse.encode(event)
+        self._news.set()
+        if len(self._pending) > MOST_PENDING:
+            self._room.clear()
+            await self._room.wait()
+            self._check()
 
-    async def _ping(self) -> None:
-        while True:
-            silence = time.monotonic() - self._last
-            if silence < self._every:
-                await asyncio.sleep(self._every - silence)
-                continue
-            self._last = time.monotonic()
-            try:
-                await self.response.write(sse.PING)
-            except ConnectionError:
-                return
+    def _check(self) -> None:
+        if self._gone:
+            raise self._gone
+
+    async def _write(self) -> None:
+        try:
+            while self._pending or not self._closing:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._every):
+                        await self._news.wait()
+                if self._pending or not self._closing:
+                    data, self._pending = self._pending or sse.PING, bytearray()
+                    self._news.clear()
+                    await self.response.write(data)
+                    self._room.set()
+        except ConnectionError as error:
+            self._gone = error
+        finally:
+            self._room.set()
 
 
 def _gate(token: str, public: frozenset[str], observe: Callable[[Trace], None] | None) -> Middleware:

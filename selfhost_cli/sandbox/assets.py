@@ -41,7 +41,7 @@ Report = Callable[[str], None]
 
 # What install.sh is told to install into the venvs of a box's two parts.
 BOX_REQUIREMENTS: Final = {
-    "proxy": "aiohttp==3.14.5 prometheus-client==0.26.0",
+    "proxy": "aiohttp==3.14.5 orjson==3.13.0 prometheus-client==0.26.0",
     "engine": "xllamacpp==2026.10.11549",
 }
 CLAUDE_VERSION: Final = "2.1.330"

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from selfhost_cli.proxy import sse
+from selfhost_cli.proxy.codec import decode
 from selfhost_cli.proxy.contract import Json, Request
 from selfhost_cli.proxy.engines import (
     AnswerEvent,
@@ -164,7 +165,7 @@ async def _answer(events: AsyncIterator[sse.Event]) -> AsyncIterator[AnswerEvent
 
 def _data(event: sse.Event) -> Json:
     try:
-        data = json.loads(event.data)
+        data = decode(event.data)
     except ValueError as error:
         raise EngineBroke("the engine sent an event that is not JSON") from error
     return data if isinstance(data, dict) else {}

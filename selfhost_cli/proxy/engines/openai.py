@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from selfhost_cli.proxy import sse
+from selfhost_cli.proxy.codec import decode
 from selfhost_cli.proxy.contract import Json, Request
 from selfhost_cli.proxy.engines import (
     AnswerEvent,
@@ -271,7 +272,7 @@ async def _answer(events: AsyncIterator[sse.Event], stops: list[str]) -> AsyncIt
 
 def _data(event: sse.Event) -> Json:
     try:
-        data = json.loads(event.data)
+        data = decode(event.data)
     except ValueError as error:
         raise EngineBroke("the engine sent an event that is not JSON") from error
     if not isinstance(data, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 import aiohttp
 
+from selfhost_cli.proxy.codec import decode, encode
 from selfhost_cli.proxy.contract import Json, Request
 from selfhost_cli.proxy.engines import AnswerEvent, Prompt, Text, Thinking
 from selfhost_cli.proxy.errors import EngineBroke, EngineDown, ProxyError, invalid, too_long
@@ -96,13 +96,13 @@ class Upstream:
         self, path: str, body: Json | None, timeout: aiohttp.ClientTimeout
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """GET, or POST when there is a body."""
-        # lone surrogates are legal in JSON and in str, but not in the UTF-8 that the engine gets
-        data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        data = None if body is None else encode(body)
         try:
             response = await self._session.request(
                 "GET" if data is None else "POST",
                 self._base_url() + path,
-                data=None if data is None else io.BytesIO(data),  # bytes over 1 MB draw a warning
+                # bytes over 1 MB draw a warning
+                data=io.BytesIO(data) if data and len(data) > 2**20 else data,
                 headers={"content-type": "application/json"},
                 timeout=timeout,
             )
@@ -175,7 +175,7 @@ async def refusal(response: aiohttp.ClientResponse) -> Refusal:
     except (aiohttp.ClientError, OSError):
         raw = b""
     try:
-        data = json.loads(raw)
+        data = decode(raw)
     except ValueError:
         data = raw.decode("utf-8", "replace").strip()
     retry_after = response.headers.get("retry-after", "")
