@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["check", "demo", "format", "ollama", "record-demo", "setup", "test", "test-long", "test-ollama"]
+COMMANDS = ["check", "demo", "format", "ollama", "peers", "record-demo", "setup", "test", "test-long", "test-ollama"]
 SCRIPTS = [ROOT / "scripts" / name for name in [*COMMANDS, "lib.sh"]] + [ROOT / ".ci" / "run"]
 
 
@@ -33,6 +33,7 @@ def checkout(tmp_path: Path) -> Path:
         "selfhost_cli/__init__.py",
         "selfhost_cli/errors.py",
         "selfhost_cli/sandbox/assets.py",
+        "selfhost_cli/sandbox/processes.py",
     ]:
         shutil.copy(ROOT / name, copy / name)
     return copy
@@ -215,6 +216,60 @@ def test_a_build_that_fails_shows_its_last_words_and_leaves_nothing(
     assert (done.returncode, done.stdout) == (3, "")
     assert "no venv today\nerror: getting the tools failed" in done.stderr
     assert [path.name for path in (cache / "ollama").iterdir()] == ["lock"]
+
+
+# --- scripts/peers: everything but the downloads ------------------------------------------------------------------
+
+
+@pytest.fixture
+def installs(ready_checkout: Path, tmp_path: Path, bare: Path) -> Path:
+    """A log of what pip and npm were told to install; both fail at what the file `broken` names."""
+    log, python = tmp_path / "installs", ready_checkout / ".venv" / "bin" / "python"
+    log.write_text("")
+    (tmp_path / "broken").write_text("nothing")
+    stub(bare, "npm", f'echo "${{*: -1}}" >>"{log}"; [[ ${{*: -1}} != *"$(<"{tmp_path}/broken")"* ]]')
+    python.rename(python.with_name("real-python"))
+    venv = f'mkdir -p "$3/bin"; ln -s "{bare}/npm" "$3/bin/python"; exit'
+    stub(python.parent, "python", f'[[ $2 != venv ]] || {{ {venv}; }}\nexec "${{0%/*}}/real-python" "$@"')
+    return log
+
+
+def install_peers(checkout: Path, cache: Path, path: Path) -> subprocess.CompletedProcess[str]:
+    return bash(f'"/bin/bash" "{checkout}/scripts/peers"', path=str(path), SELFHOST_TEST_CACHE=str(cache))
+
+
+def test_peers_are_installed_once_and_again_only_where_the_version_is_another(
+    ready_checkout: Path, tmp_path: Path, bare: Path, installs: Path
+) -> None:
+    cache = tmp_path / "cache"
+    first = install_peers(ready_checkout, cache, bare)
+    assert first.returncode == 0
+    folders, pins = zip(*(line.split("  ") for line in first.stdout.splitlines()), strict=True)
+    assert folders == (f"{cache}/peers/litellm", f"{cache}/peers/ccr")
+    assert installs.read_text().split() == list(pins)
+
+    again = install_peers(ready_checkout, cache, bare)
+    assert (again.stdout, again.stderr) == (first.stdout, "")
+    assert installs.read_text().split() == list(pins)
+
+    script = ready_checkout / "scripts" / "peers"
+    script.write_text(script.read_text().replace(pins[1], "ccr@99"))
+    assert install_peers(ready_checkout, cache, bare).stdout == first.stdout.replace(pins[1], "ccr@99")
+    assert installs.read_text().split() == [*pins, "ccr@99"]
+
+
+def test_a_peer_that_could_not_be_installed_is_named_and_tried_again(
+    ready_checkout: Path, tmp_path: Path, bare: Path, installs: Path
+) -> None:
+    (tmp_path / "broken").write_text("claude-code-router")
+    done = install_peers(ready_checkout, tmp_path / "cache", bare)
+    assert done.returncode == 3
+    assert "claude-code-router" in done.stderr.splitlines()[-2]
+    assert not (tmp_path / "cache" / "peers" / "ccr" / "made").exists()
+
+    (tmp_path / "broken").write_text("nothing")
+    assert install_peers(ready_checkout, tmp_path / "cache", bare).returncode == 0
+    assert [line.count("claude-code-router") for line in installs.read_text().split()] == [0, 1, 1]
 
 
 REPORT = """<testsuites><testsuite>
