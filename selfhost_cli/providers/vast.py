@@ -6,7 +6,9 @@ Never chooses an offer, never repeats a create.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +17,7 @@ from urllib.parse import urlsplit
 import requests
 
 from selfhost_cli.config import LIVE_MARKET, Settings
-from selfhost_cli.errors import AnswerLost, KeyRefused, MarketError, MarketUnreachable, NoCredit, OfferGone
+from selfhost_cli.errors import AnswerLost, KeyRefused, MarketError, MarketUnreachable, NoCredit, NotSetUp, OfferGone
 from selfhost_cli.model import Account, BoxSpec, BoxState, Charges, Endpoint, Instance, Need, Offer
 from selfhost_cli.wait import SYSTEM, Clock
 
@@ -23,19 +25,28 @@ T = TypeVar("T")
 Row = Mapping[str, Any]
 
 PAGE = 25
+PAGES = 50
 ATTEMPTS = 4
 RATE_PAUSE = 5.0
-"""Seconds after a 429: the longest documented interval for what we repeat (rate-limits page, August 2026)."""
-HOPELESS = ("OCI runtime create failed", "failed to inject CDI devices", "pull access denied", "manifest unknown")
+"""Seconds after a 429 at least: the longest documented interval for what we repeat (rate-limits page, August 2026)."""
+PATIENCE = 60.0
+"""The longest wait that the market may ask of one call."""
+HOPELESS = re.compile(
+    r"OCI runtime create failed|failed to inject CDI devices|pull access denied|manifest .*(not found|unknown)"
+)
+"""What Docker says, by way of `status_msg`, on a host that will never run the container."""
 
 
 def cli_key(env: Mapping[str, str]) -> str:
-    """The key that vast's own command line stored, "" when there is none."""
+    """The key that vast's own command line stored, "" when there is none. Raises NotSetUp when it is no key."""
     home = Path(env.get("HOME", "~")).expanduser()
     config = Path(env.get("XDG_CONFIG_HOME") or home / ".config")
     for path in (config / "vastai" / "vast_api_key", home / ".vast_api_key"):
         if path.is_file():
-            return path.read_text().strip()
+            key = path.read_text(errors="replace").strip()
+            if not (key.isascii() and key.isprintable()):
+                raise NotSetUp(f"{path} does not hold a key", "Write the key into it, or delete it.")
+            return key
     return ""
 
 
@@ -48,14 +59,20 @@ class VastProvider:
     """The market at `url` with the account behind `key`. See `providers.Provider` for what each verb promises."""
 
     def __init__(
-        self, key: str, url: str, *, clock: Clock = SYSTEM, env: MutableMapping[str, str] | None = None
+        self,
+        key: str,
+        url: str,
+        *,
+        clock: Clock = SYSTEM,
+        env: MutableMapping[str, str] | None = None,
+        timeout: float = 30.0,
     ) -> None:
         _tame_requests(os.environ if env is None else env, url)
         from vastai import VastAI  # 0.4 s: only commands that ask the market pay for it
 
         # One attempt a call: the SDK repeats every method, the paid create included (1.9.1, reproduced).
         self._sdk = VastAI(api_key=key, server_url=url.rstrip("/"), retry=1)
-        self._sdk.client.timeout = 30.0
+        self._sdk.client.timeout = timeout
         self._clock = clock
 
     def account(self) -> Account:
@@ -99,12 +116,13 @@ class VastProvider:
             raise AnswerLost(f"the answer to renting offer {offer.id} was lost") from error
         if (known := _contract(answer)) is not None:
             return known
-        if isinstance(answer, dict) and answer.get("success") is False:
+        if isinstance(answer, dict) and answer.get("success") is False and answer.get("error"):
             raise _create_error(None, answer, offer)
         raise AnswerLost(f"the answer to renting offer {offer.id} has neither an id nor an error")
 
     def instances(self, label_prefix: str) -> list[Instance]:
         found: list[Instance] = []
+        listed = 0
         token: str | None = None
         seen: set[str] = set()
         while True:
@@ -120,8 +138,11 @@ class VastProvider:
                     raise MarketUnreachable("the market's list of instances has a malformed row")
                 if str(row.get("label") or "").startswith(label_prefix):
                     found.append(_read(row))
+            listed += len(rows)
             token = page["next_token"]
             if token is None:
+                if not listed and page.get("instances_found"):
+                    raise MarketUnreachable("the market's list of instances is empty, and says that there are some")
                 return found
             if not isinstance(token, str) or token in seen:
                 raise MarketUnreachable("the market's list of instances does not end")
@@ -130,10 +151,12 @@ class VastProvider:
     def get(self, instance_id: int) -> Instance | None:
         # Not show_instance(): it fails on rows with a null start_date or extra_env (1.9.1, reproduced).
         body = self._patiently(lambda: self._get(f"/instances/{instance_id}/", {"owner": "me"}))
-        if not isinstance(body, dict) or "instances" not in body:
+        row = body.get("instances", "") if isinstance(body, dict) else ""
+        if row is None:
+            return None
+        if not isinstance(row, dict) or row.get("id") != instance_id:
             raise MarketUnreachable(f"the market's answer for box {instance_id} is malformed")
-        row = body["instances"]
-        return _read(row) if isinstance(row, dict) and isinstance(row.get("id"), int) else None
+        return _read(row)
 
     def destroy(self, instance_id: int) -> None:
         def ask() -> object:
@@ -180,10 +203,17 @@ class VastProvider:
             "limit": 100,
             "format": "table",
         }
-        body = self._patiently(lambda: self._get("/charges/", query))
-        rows = body.get("results") if isinstance(body, dict) else None
-        mine = [row for row in rows or [] if isinstance(row, dict) and row.get("source") == f"instance-{instance_id}"]
-        return _charges(mine) if mine else None
+        mine: list[Row] = []
+        for _ in range(PAGES):
+            body = self._patiently(lambda: self._get("/charges/", query))
+            rows = body.get("results") if isinstance(body, dict) else None
+            if not isinstance(rows, list):
+                raise MarketUnreachable("the market's list of charges is malformed")
+            mine += [row for row in rows if isinstance(row, dict) and row.get("source") == f"instance-{instance_id}"]
+            if not body.get("next_token"):
+                return _charges(mine) if mine else None
+            query["after_token"] = body["next_token"]
+        raise MarketUnreachable("the market's list of charges does not end")
 
     def logs(self, instance_id: int, tail: int = 100) -> str:
         try:
@@ -214,10 +244,15 @@ class VastProvider:
                 return ask()
             except requests.HTTPError as error:
                 problem = _read_error(error.response)
-                pause = RATE_PAUSE if error.response.status_code == 429 else 1.0
-                if not left or not isinstance(problem, MarketUnreachable):
+                pause = _pause(error.response)
+                if not left or pause > PATIENCE or not isinstance(problem, MarketUnreachable):
                     raise problem from error
             except (requests.RequestException, ValueError) as error:
+                if not left:
+                    raise self._away(error) from error
+                pause = 1.0
+            except (LookupError, TypeError, AttributeError) as error:
+                # The SDK takes answers apart without looking whether they are what it expects (1.9.1, reproduced).
                 if not left:
                     raise self._away(error) from error
                 pause = 1.0
@@ -322,11 +357,12 @@ def _instance(row: Row) -> Instance:
 
 def _state(row: Row) -> BoxState:
     actual = row.get("actual_status")
-    if any(sign in str(row.get("status_msg") or "") for sign in HOPELESS):
+    if HOPELESS.search(str(row.get("status_msg") or "")):
         return BoxState.FAILED
     if actual in ("exited", "unknown", "offline", "stopped", "frozen"):
         return BoxState.FAILED
-    if row.get("cur_state") == row.get("intended_status") == row.get("next_state") == "stopped":
+    # We never ask for that: the market gave up on it, or took it away.
+    if row.get("intended_status") == row.get("next_state") == "stopped":
         return BoxState.FAILED
     return BoxState.RUNNING if actual == "running" else BoxState.PENDING
 
@@ -360,8 +396,8 @@ def _charges(rows: Sequence[Row]) -> Charges:
 
 def _contract(answer: object) -> int | None:
     """The id of an instance that exists now. Some errors carry one too: then a box exists (dstack's experience)."""
-    known = answer.get("new_contract") if isinstance(answer, dict) else None
-    return known if isinstance(known, int) and known > 0 else None
+    known = str(answer.get("new_contract") or "") if isinstance(answer, dict) else ""
+    return int(known) if re.fullmatch("[1-9][0-9]*", known) else None
 
 
 def _create_error(response: requests.Response | None, answer: object, offer: Offer) -> MarketError:
@@ -371,11 +407,11 @@ def _create_error(response: requests.Response | None, answer: object, offer: Off
         return OfferGone(f"offer {offer.id} is gone: {text}")
     if "insufficient_credit" in text:
         return NoCredit(f"the account cannot pay: {text}", "Add credit at https://cloud.vast.ai/billing/.")
-    if status >= 500:
+    if status >= 500 or status == 408:
         return AnswerLost(f"the market answered {status} to renting offer {offer.id}")
-    if status == 429:
-        return MarketUnreachable("the market says that we ask too often", "Wait a minute.")
-    if status in (401, 403):
+    if response is not None and status == 429:
+        return _too_often(response)
+    if status in (401, 403) or "auth_error" in text:
         return _key_refused(status, text)
     return MarketError(f"the market refused offer {offer.id}: {text or status}")
 
@@ -385,10 +421,27 @@ def _read_error(response: requests.Response) -> MarketError:
     if status in (401, 403) or "auth_error" in text:
         return _key_refused(status, text)
     if status == 429 and "search_quota_exceeded" not in text:
-        return MarketUnreachable("the market says that we ask too often", "Wait a minute.")
-    if status >= 500:
+        return _too_often(response)
+    if status >= 500 or status == 408:
         return MarketUnreachable(f"the market answered {status}: {text}")
     return MarketError(f"the market refused ({status}): {text}")
+
+
+def _too_often(response: requests.Response) -> MarketUnreachable:
+    return MarketUnreachable("the market says that we ask too often", f"Wait {_pause(response):.0f} s.")
+
+
+def _pause(response: requests.Response) -> float:
+    """Seconds after which a failed call may be repeated: what the market asks for, and a minimum."""
+    if response.status_code != 429:
+        return 1.0
+    body = _body(response)
+    said = response.headers.get("Retry-After") or (body.get("retry_after") if isinstance(body, dict) else None)
+    try:
+        seconds = float(said or 0.0)
+    except (TypeError, ValueError):  # a date, say
+        seconds = 0.0
+    return max(RATE_PAUSE, seconds) if math.isfinite(seconds) else RATE_PAUSE
 
 
 def _key_refused(status: int, text: str) -> KeyRefused:

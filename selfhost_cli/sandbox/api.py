@@ -12,9 +12,11 @@ from typing import Any
 
 from aiohttp import web
 
+from selfhost_cli.sandbox.answers import Answers, reply
 from selfhost_cli.sandbox.catalogue import BadQuery, Catalogue, Row, matcher
 from selfhost_cli.sandbox.faults import Faults
-from selfhost_cli.sandbox.instances import Clock, Instance, Instances, Order, Settings
+from selfhost_cli.sandbox.instances import Instance, Instances, Order
+from selfhost_cli.sandbox.timeline import Timeline
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -27,6 +29,11 @@ _RUNTYPES = {"ssh", "ssh_direct", "ssh_direc", "ssh_proxy", "args", "jupyter", "
 _RUNTYPES |= {"jupyter_proxy"}
 _LIST_FILTERS = {"actual_status", "gpu_name", "verification", "id", "label"}
 _KEY_TYPES = ("ssh-", "ecdsa-", "sk-")
+_REFUSALS = {
+    "insufficient_credit": "Your account lacks credit; see the billing page.",
+    "spend_limit": "This would exceed the hourly spend rate limit of new accounts.",
+    "no_ssh_key_for_vm": "Add an SSH key to your account first.",
+}
 
 
 class Refused(Exception):
@@ -55,14 +62,13 @@ class Api:
         catalogue: Catalogue,
         instances: Instances,
         faults: Faults,
-        settings: Settings,
-        clock: Clock,
+        clock: Timeline,
     ) -> None:
         self._api_key = api_key
         self._catalogue = catalogue
         self._instances = instances
         self._faults = faults
-        self._settings = settings
+        self._answers = Answers(faults, clock)
         self._clock = clock
         self._keys: dict[int, str] = {}
         self._key_ids = 100
@@ -70,28 +76,56 @@ class Api:
         self._logs: dict[str, Instance] = {}
 
     def routes(self) -> list[web.RouteDef]:
-        account = self._for_account
+        account, own = self._for_account, self._for_instance
         one = r"/api/v0/instances/{id:\d+}"
-        return [
-            *_both("POST", "/api/v0/bundles", _answered(self._search)),
-            *_both("PUT", "/api/v0/search/asks", _answered(self._search_new)),
-            *_both("PUT", r"/api/v0/asks/{id:\d+}", account(self._create)),
-            *_both("GET", "/api/v1/instances", account(self._list)),
-            *_both("GET", "/api/v0/instances", account(self._old_list)),
-            *_both("GET", one, self._for_instance(self._show)),
-            *_both("PUT", one, self._for_instance(self._change)),
-            *_both("DELETE", one, self._for_instance(self._destroy)),
-            *_both("GET", f"{one}/ssh", account(self._instance_keys)),
-            *_both("POST", f"{one}/ssh", account(self._attach)),
-            *_both("DELETE", one + r"/ssh/{key:\d+}", account(self._detach)),
-            *_both("PUT", r"/api/v0/instances/request_logs/{id:\d+}", account(self._request_logs)),
-            *_both("GET", "/api/v0/ssh", account(self._account_keys)),
-            *_both("POST", "/api/v0/ssh", account(self._add_key)),
-            *_both("DELETE", r"/api/v0/ssh/{key:\d+}", account(self._delete_key)),
-            *_both("GET", "/api/v0/users/current", account(self._user)),
-            *_both("GET", "/api/v0/charges", account(self._charges)),
-            web.get("/logs/{name}.log", self._log),
+        calls = [
+            ("POST", "/api/v0/bundles", "search", self._search),
+            ("PUT", "/api/v0/search/asks", "search", self._search_new),
+            ("GET", "/api/v0/gpu_names/unique", "gpus", self._gpus),
+            ("PUT", r"/api/v0/asks/{id:\d+}", "create", account(self._create)),
+            ("GET", "/api/v1/instances", "list", account(self._list)),
+            ("GET", "/api/v0/instances", "old_list", account(self._old_list)),
+            ("GET", one, "show", own(self._show)),
+            ("PUT", one, "change", own(self._change)),
+            ("DELETE", one, "destroy", own(self._destroy)),
+            ("GET", f"{one}/ssh", "attach", account(self._instance_keys)),
+            ("POST", f"{one}/ssh", "attach", account(self._attach)),
+            ("DELETE", one + r"/ssh/{key:\d+}", "attach", account(self._detach)),
+            ("PUT", r"/api/v0/instances/request_logs/{id:\d+}", "logs", account(self._request_logs)),
+            ("GET", "/api/v0/ssh", "keys", account(self._account_keys)),
+            ("POST", "/api/v0/ssh", "keys", account(self._add_key)),
+            ("DELETE", r"/api/v0/ssh/{key:\d+}", "keys", account(self._delete_key)),
+            ("GET", "/api/v0/users/current", "account", account(self._user)),
+            ("GET", "/api/v0/charges", "charges", account(self._charges)),
         ]
+        routes = [
+            web.route(method, path + slash, self._called(call, handler))
+            for method, path, call, handler in calls
+            for slash in ("", "/")
+        ]
+        return [*routes, web.get("/logs/{name}.log", self._log)]
+
+    def _called(self, call: str, handler: Handler) -> Handler:
+        """The handler's answer or refusal, or what the faults that are set make of it."""
+
+        async def refusing(request: web.Request) -> web.StreamResponse:
+            try:
+                return await handler(request)
+            except Refused as refused:
+                return reply(refused.body, refused.status)
+
+        async def answered(request: web.Request) -> web.StreamResponse:
+            return await self._answers.answer(call, self._offer(call, request), request, refusing)
+
+        return answered
+
+    def _offer(self, call: str, request: web.Request) -> int | None:
+        """The offer that a call is about, or that its instance was rented from."""
+        id = request.match_info.get("id")
+        if id is None or call == "create":
+            return int(id) if id else None
+        instance = self._instances.known(int(id))
+        return instance.offer["id"] if instance else None
 
     def _caller(self, request: web.Request) -> Caller:
         header = request.headers.get("Authorization")
@@ -100,11 +134,17 @@ class Api:
         scheme, _, key = header.partition(" ")
         if scheme.lower() == "bearer":
             if secrets.compare_digest(key.encode(), self._api_key.encode()):
-                return Caller()
+                return self._accepted(Caller(), "account", None)
             for instance in self._instances.ever():
                 if secrets.compare_digest(key.encode(), instance.key.encode()):
-                    return Caller(instance.id)
+                    return self._accepted(Caller(instance.id), "box", instance.offer["id"])
         raise Refused(401, "auth_error", "Invalid user key")
+
+    def _accepted(self, caller: Caller, whose: str, offer: int | None) -> Caller:
+        refused = self._faults.take("key_refused", offer=offer, whose=whose)
+        if refused is not None:
+            raise Refused(int(refused["status"]), "auth_error", "Invalid user key")
+        return caller
 
     def _for_account(self, handler: Handler) -> Handler:
         async def checked(request: web.Request) -> web.StreamResponse:
@@ -112,7 +152,7 @@ class Api:
                 raise Refused(403, "not_authorized", "This key may only start, stop and destroy its own instance.")
             return await handler(request)
 
-        return _answered(checked)
+        return checked
 
     def _for_instance(self, handler: Handler) -> Handler:
         """The account, or the instance in the path."""
@@ -122,7 +162,7 @@ class Api:
                 raise Refused(403, "not_authorized", "This key may only start, stop and destroy its own instance.")
             return await handler(request)
 
-        return _answered(checked)
+        return checked
 
     def _existing(self, request: web.Request) -> Instance:
         id = int(request.match_info["id"])
@@ -141,16 +181,22 @@ class Api:
 
     def _offers(self, query: Any) -> web.Response:
         try:
-            return web.json_response({"offers": self._catalogue.search(query, self._clock())})
+            return reply({"offers": self._catalogue.search(query, self._clock())})
         except BadQuery as error:
             raise Refused(400, "bad_request", str(error)) from error
+
+    async def _gpus(self, request: web.Request) -> web.Response:
+        return reply({"gpu_names": sorted({row["gpu_name"] for row in self._catalogue.search({}, self._clock())})})
 
     async def _create(self, request: web.Request) -> web.Response:
         offer = int(request.match_info["id"])
         body = await _object(request)
         order = _order(body)
-        if self._credit() <= 0:
-            raise Refused(400, "insufficient_credit", "Your account lacks credit; see the billing page.")
+        refused = self._faults.take("create_refused", offer=offer)
+        if self._instances.credit() <= 0:
+            refused = {"why": "insufficient_credit"}
+        if refused is not None:
+            raise Refused(400, refused["why"], _REFUSALS[refused["why"]])
         fault = self._faults.take("offer_gone", offer=offer)
         if fault is not None:
             self._catalogue.withdraw(offer)
@@ -166,14 +212,29 @@ class Api:
         available = self._catalogue.available(offer)
         if not available and body.get("cancel_unavail", True):
             raise _gone(offer, "410")
-        instance = self._instances.create(row, order, tuple(self._keys.values()), stopped=not available)
-        return web.json_response({"success": True, "new_contract": instance.id, "instance_api_key": instance.key})
+        keys = tuple(self._keys.values())
+        half = self._faults.take("contract_in_error", offer=offer)
+        instance = self._instances.create(row, order, keys, stopped=not available or half is not None)
+        if half is not None:
+            text = "error 400/3601: invalid_price the price is too low, the instance is stopped"
+            body = {"success": False, "error": "invalid_price", "msg": text, "new_contract": instance.id}
+            return reply(body, int(half["status"]))
+        return reply({"success": True, "new_contract": instance.id, "instance_api_key": instance.key})
 
     # Instances
 
     async def _show(self, request: web.Request) -> web.Response:
         instance = self._instances.get(int(request.match_info["id"]))
-        return web.json_response({"instances": instance.row(self._clock()) if instance else None})
+        hidden = instance and self._faults.take("show_null", offer=instance.offer["id"]) is not None
+        return reply({"instances": self._row(instance) if instance and not hidden else None})
+
+    def _row(self, instance: Instance) -> Row:
+        row = instance.row(self._clock())
+        fault = self._faults.take("null_fields", offer=instance.offer["id"])
+        if fault is None:
+            return row
+        names = row.keys() - {"id", "label"} if fault["fields"] == "all" else {fault["fields"]}
+        return row | dict.fromkeys(names)
 
     async def _old_list(self, request: web.Request) -> web.Response:
         raise Refused(410, "deprecated_endpoint", "Use /api/v1/instances/ instead")
@@ -191,21 +252,23 @@ class Api:
             passes = matcher(filters)
         except BadQuery as error:
             raise Refused(400, "invalid_request", str(error)) from error
-        rows = [instance.row(self._clock()) for instance in self._instances.alive()]
-        rows = [row for row in rows if passes(row)]
+        listed = [self._row(instance) for instance in self._instances.listed()]
+        rows = [row for row in listed if passes(row)]
         rows = _sorted(rows, order)
         found = len(rows)
         labels = Counter(row["label"] for row in rows if row["label"])
         seen = self._seen(request.query.get("after_token"))
         # By what was shown already, not by position: a row that is destroyed between two pages hides no other.
         left = [row for row in rows if row["id"] not in seen]
-        page, more = left[: min(limit, _PAGE)], left[min(limit, _PAGE) :]
-        return web.json_response(
+        short = self._faults.take("short_pages", call="list")
+        most = max(1, min(limit, _PAGE, int(short["rows"]) if short else _PAGE))
+        page, more = left[:most], left[most:]
+        return reply(
             {
                 "success": True,
                 "instances": [_columns(row, columns) for row in page],
                 "instances_found": found,
-                "total_instances": len(self._instances.alive()),
+                "total_instances": len(listed),
                 "label_counts": dict(labels),
                 "next_token": self._token(seen.union(row["id"] for row in page)) if more else None,
             }
@@ -242,12 +305,17 @@ class Api:
                 await self._instances.stop(instance)
             case other:
                 raise Refused(400, "invalid_args", f"state: {other!r}")
-        return web.json_response({"success": True, "msg": ""})
+        return reply({"success": True, "msg": ""})
 
     async def _destroy(self, request: web.Request) -> web.Response:
         await _object(request)
-        self._instances.destroy(self._existing(request))
-        return web.json_response({"success": True, "msg": ""})
+        instance = self._existing(request)
+        denied = self._faults.take("destroy_404", offer=instance.offer["id"])
+        if denied is None or denied["effect"]:
+            self._instances.destroy(instance)
+        if denied is not None:
+            raise Refused(404, "no_such_instance", f"Instance {instance.id} not found.")
+        return reply({"success": True, "msg": ""})
 
     async def _request_logs(self, request: web.Request) -> web.Response:
         instance = self._existing(request)
@@ -255,17 +323,15 @@ class Api:
         name = secrets.token_hex(12)
         self._logs[name] = instance
         url = request.url.origin().with_path(f"/logs/{name}.log").with_query(tail=str(tail))
-        return web.json_response({"success": True, "result_url": str(url), "msg": ""})
+        return reply({"success": True, "result_url": str(url), "msg": ""})
 
     async def _log(self, request: web.Request) -> web.Response:
         """Without a key, as on the real market: the name is the secret."""
         instance = self._logs.get(request.match_info["name"])
         if instance is None:
             return web.Response(status=404, text="no such log\n")
-        try:
-            text = (instance.box / "var/log/onstart.log").read_text(errors="replace")
-        except FileNotFoundError:
-            text = ""
+        log = instance.box / "var/log/onstart.log" if instance.box else None
+        text = log.read_text(errors="replace") if log and log.exists() else ""
         tail = request.query.get("tail", "")
         lines = text.splitlines(keepends=True)
         return web.Response(text="".join(lines[-int(tail) :] if tail.isdigit() else lines))
@@ -275,34 +341,34 @@ class Api:
     async def _account_keys(self, request: web.Request) -> web.Response:
         if not self._keys:
             raise Refused(404, "no_ssh_key", "No SSH keys found.")
-        return web.json_response([_key_row(id, key) for id, key in self._keys.items()])
+        return reply([_key_row(id, key) for id, key in self._keys.items()])
 
     async def _add_key(self, request: web.Request) -> web.Response:
         key = _ssh_key(await _object(request))
         for id, known in self._keys.items():
             if known == key:
-                return web.json_response({"success": True, "key": _key_row(id, key)})
+                return reply({"success": True, "key": _key_row(id, key)})
         self._key_ids += 1
         self._keys[self._key_ids] = key
-        return web.json_response({"success": True, "key": _key_row(self._key_ids, key)})
+        return reply({"success": True, "key": _key_row(self._key_ids, key)})
 
     async def _delete_key(self, request: web.Request) -> web.Response:
         if self._keys.pop(int(request.match_info["key"]), None) is None:
             raise Refused(400, "no_ssh_key", "No such SSH key.")
-        return web.json_response({"success": True})
+        return reply({"success": True})
 
     async def _instance_keys(self, request: web.Request) -> web.Response:
         keys = [_key_row(number, key) for number, key in enumerate(self._existing(request).keys, 1)]
-        return web.json_response({"success": True, "ssh_keys": json.dumps(keys)})
+        return reply({"success": True, "ssh_keys": json.dumps(keys)})
 
     async def _attach(self, request: web.Request) -> web.Response:
         instance = self._existing(request)
         key = _ssh_key(await _object(request))
         if key in instance.keys:
-            return web.json_response({"success": False, "msg": "SSH key already associated with instance."})
+            return reply({"success": False, "msg": "SSH key already associated with instance."})
         instance.keys.append(key)
         await self._instances.write_keys(instance)
-        return web.json_response({"success": True, "msg": "SSH key attached successfully"})
+        return reply({"success": True, "msg": "SSH key attached successfully"})
 
     async def _detach(self, request: web.Request) -> web.Response:
         instance = self._existing(request)
@@ -310,17 +376,13 @@ class Api:
         if not 1 <= number <= len(instance.keys):
             raise Refused(400, "no_ssh_key", "No such SSH key.")
         await self._instances.remove_key(instance, instance.keys[number - 1])
-        return web.json_response({"success": True})
+        return reply({"success": True})
 
     # Money
 
-    def _credit(self) -> float:
-        now = self._clock()
-        return self._settings.credit - sum(one.bill(now).total for one in self._instances.ever())
-
     async def _user(self, request: web.Request) -> web.Response:
-        credit = self._credit()
-        return web.json_response(
+        credit = self._instances.credit()
+        return reply(
             {
                 "id": 2,
                 "email": "sandbox@localhost",
@@ -341,7 +403,8 @@ class Api:
     async def _charges(self, request: web.Request) -> web.Response:
         filters = _json_parameter(request, "select_filters", {})
         day = filters.get("day", {}) if isinstance(filters, dict) else {}
-        limit = min(100, _json_parameter(request, "limit", 20))
+        short = self._faults.take("short_pages", call="charges")
+        limit = max(1, min(100, _json_parameter(request, "limit", 20), int(short["rows"]) if short else 100))
         latest_first = request.query.get("latest_first", "").lower() == "true"
         token = request.query.get("after_token", "0")
         if not token.isdigit():
@@ -357,7 +420,7 @@ class Api:
         rows.sort(key=lambda row: float(row["start"]), reverse=latest_first)
         page = rows[int(token) : int(token) + limit]
         more = int(token) + limit < len(rows)
-        return web.json_response(
+        return reply(
             {
                 "success": True,
                 "count": len(page),
@@ -366,20 +429,6 @@ class Api:
                 "results": page,
             }
         )
-
-
-def _both(method: str, path: str, handler: Handler) -> list[web.RouteDef]:
-    return [web.route(method, path, handler), web.route(method, f"{path}/", handler)]
-
-
-def _answered(handler: Handler) -> Handler:
-    async def answered(request: web.Request) -> web.StreamResponse:
-        try:
-            return await handler(request)
-        except Refused as refused:
-            return web.json_response(refused.body, status=refused.status)
-
-    return answered
 
 
 async def _body(request: web.Request) -> Any:

@@ -40,15 +40,20 @@ class Meter:
     disk_on: bool = True
     down_bytes: int = 0
     up_bytes: int = 0
-    _gpu_s: float = field(default=0.0, repr=False)
+    _gpu: float = field(default=0.0, repr=False)
     _disk_s: float = field(default=0.0, repr=False)
 
     def switch(self, now: float, *, gpu: bool, disk: bool) -> None:
         """From `now` on bill these; what ran until now is counted at the old setting."""
         passed = max(0.0, now - self.since)
-        self._gpu_s += passed * self.gpu_on
+        self._gpu += passed * self.gpu_on / 3600 * self.gpu_hour
         self._disk_s += passed * self.disk_on
         self.since, self.gpu_on, self.disk_on = now, gpu, disk
+
+    def reprice(self, now: float, gpu_hour: float) -> None:
+        """From `now` on the GPU costs that much."""
+        self.switch(now, gpu=self.gpu_on, disk=self.disk_on)
+        self.gpu_hour = gpu_hour
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -58,7 +63,7 @@ class Meter:
     def bill(self, now: float) -> Bill:
         passed = max(0.0, now - self.since)
         return Bill(
-            gpu=(self._gpu_s + passed * self.gpu_on) / 3600 * self.gpu_hour,
+            gpu=self._gpu + passed * self.gpu_on / 3600 * self.gpu_hour,
             disk=(self._disk_s + passed * self.disk_on) / 3600 * self.disk_hour,
             down=self.down_bytes / GB * self.down_per_gb,
             up=self.up_bytes / GB * self.up_per_gb,

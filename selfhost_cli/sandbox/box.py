@@ -56,7 +56,8 @@ class Container:
         self._box = box
         self._config = config
         self._clean = image.environment(box)
-        image.configure_sshd(box, config.port)
+        image.configure_sshd(box, config.port, deny=config.deny_s > 0)
+        self._admit_at: float | None = None
         self._onstart: int | None = None
         self._sshd: int | None = None
         self._onstart_over = False
@@ -76,15 +77,27 @@ class Container:
                 self._onstart = self._run_onstart()
             if self._sshd is None and (now >= sshd_at or (self._onstart_over and now >= sshd_earliest)):
                 self._sshd = self._run_sshd()
+                self._admit_at = now + self._config.deny_s if self._config.deny_s else None
+            if self._admit_at is not None and now >= self._admit_at:
+                self._admit()
             waits = [at - now for at, pid in ((onstart_at, self._onstart), (sshd_at, self._sshd)) if pid is None]
             if self._onstart_over and self._sshd is None:
                 waits.append(sshd_earliest - now)
+            if self._admit_at is not None:
+                waits.append(self._admit_at - now)
             received = signal.sigtimedwait(_SIGNALS, max(0.0, min(waits, default=3600.0)))
             if received is None:
                 continue
             if received.si_signo != signal.SIGCHLD:
                 return signal.Signals(received.si_signo)
             self._note(processes.reap())
+
+    def _admit(self) -> None:
+        """From now on sshd knows the keys."""
+        self._admit_at = None
+        image.configure_sshd(self._box, self._config.port)
+        if self._sshd is not None:
+            os.kill(self._sshd, signal.SIGHUP)
 
     def _note(self, ended: dict[int, int]) -> None:
         if self._onstart in ended:

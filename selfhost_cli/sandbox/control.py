@@ -2,17 +2,19 @@
 
 GET  /control/billed                what is billed now, and what was so far
 GET  /control/boxes                 every instance that exists or is being torn down
-GET  /control/requests?since=N      what was asked, without keys   DELETE forgets it
-GET, POST, DELETE /control/faults   {"fault": kind, "offer"?: id, "calls"?: n, …options}; see faults.py
+GET  /control/requests?since=N      what was asked, without keys, from its arrival on   DELETE forgets it
+GET, POST, DELETE /control/faults   {"fault": kind, "offer"?: id, "calls"?: n, "skip"?: n, …options}; see faults.py
 POST /control/kill                  {"instance": id, "status"?: "offline"}: its host dies now
+POST /control/clock                 {"advance"?: s, "stopped"?: bool}: the market's time, not that inside the boxes
 POST /control/settings              {"stages"?: {stage: s}, "sshd_first"?, "gap_s"?, "sshd_delay_s"?, "credit"?,
-                                    "ollama"?}
+                                    "ollama"?, "real_boxes"?}
 POST /control/mirror                {"rate"?, "stall_after"?, "cut_after"?, "cuts"?, "corrupt"?}: absent is off
 POST /control/shutdown
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import secrets
@@ -23,34 +25,43 @@ from typing import Any
 from aiohttp import web
 
 from selfhost_cli.errors import UsageError
-from selfhost_cli.sandbox.faults import STAGES, Faults
-from selfhost_cli.sandbox.instances import Clock, Instances, Settings, describe
+from selfhost_cli.sandbox.faults import KINDS, STAGES, Faults
+from selfhost_cli.sandbox.instances import Instances, Settings, describe
 from selfhost_cli.sandbox.mirror import Mirror, Switches
+from selfhost_cli.sandbox.timeline import Timeline
 
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----", re.DOTALL)
 
 
 class RequestLog:
-    """What the SDK and the boxes asked, for tests. No header is kept, and no private key."""
+    """What the SDK and the boxes asked, for tests. No key is kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Timeline) -> None:
         self.rows: list[dict[str, Any]] = []
+        self._clock = clock
 
-    async def note(self, request: web.Request, status: int) -> None:
+    async def note(self, request: web.Request) -> dict[str, Any]:
+        """A new row, whose `status` is None until there is an answer."""
+        at = self._clock()
         text = _PRIVATE_KEY.sub("<private key>", await request.text()) if request.body_exists else ""
+        headers = dict(request.headers)
+        if "Authorization" in headers:
+            headers["Authorization"] = headers["Authorization"].partition(" ")[0] + " <key>"
         try:
             body = json.loads(text) if text else None
         except ValueError:
             body = text
-        self.rows.append(
-            {
-                "method": request.method,
-                "path": request.path,
-                "query": dict(request.query),
-                "body": body,
-                "status": status,
-            }
-        )
+        row = {
+            "at": at,
+            "method": request.method,
+            "path": request.path,
+            "query": dict(request.query),
+            "headers": headers,
+            "body": body,
+            "status": None,
+        }
+        self.rows.append(row)
+        return row
 
 
 class Control:
@@ -65,7 +76,7 @@ class Control:
         settings: Settings,
         mirror: Mirror,
         requests: RequestLog,
-        clock: Clock,
+        clock: Timeline,
         shutdown: Callable[[], None],
     ) -> None:
         self._token = token
@@ -88,6 +99,7 @@ class Control:
             web.post("/control/faults", checked(self._add_fault)),
             web.delete("/control/faults", checked(self._clear_faults)),
             web.post("/control/kill", checked(self._kill)),
+            web.post("/control/clock", checked(self._move_clock)),
             web.post("/control/settings", checked(self._set)),
             web.post("/control/mirror", checked(self._set_mirror)),
             web.post("/control/shutdown", checked(self._end)),
@@ -121,7 +133,7 @@ class Control:
         return {"count": len(rows), "instances": rows, "total": ever}
 
     async def _boxes(self, request: web.Request) -> Any:
-        return [describe(one) for one in self._instances.ever() if one.ended is None or one.box.exists()]
+        return [describe(one) for one in self._instances.ever() if one.ended is None or (one.box and one.box.exists())]
 
     async def _requested(self, request: web.Request) -> Any:
         return self._requests.rows[int(request.query.get("since", "0")) :]
@@ -136,8 +148,8 @@ class Control:
     async def _add_fault(self, request: web.Request) -> Any:
         body = await request.json()
         kind = body.pop("fault", "")
-        fault = self._faults.add(kind, body, offer=body.pop("offer", None), calls=body.pop("calls", None))
-        return asdict(fault)
+        aim = {name: body.pop(name) for name in ("offer", "calls", "skip") if name in body}
+        return asdict(self._faults.add(kind, body, **aim))
 
     async def _clear_faults(self, request: web.Request) -> Any:
         self._faults.clear()
@@ -148,8 +160,20 @@ class Control:
         instance = self._instances.get(int(body["instance"]))
         if instance is None:
             raise UsageError(f"there is no instance {body['instance']}")
-        await self._instances.kill(instance, body.get("status", "offline"))
+        status = body.get("status", "offline")
+        if status not in (statuses := KINDS["host_dies"].choices["status"]):
+            raise UsageError(f"there is no status {status!r}", f"one of: {', '.join(statuses)}")
+        await self._instances.kill(instance, status)
         return describe(instance)
+
+    async def _move_clock(self, request: web.Request) -> Any:
+        body = await request.json()
+        if "stopped" in body:
+            self._clock.stop(bool(body["stopped"]))
+        self._clock.advance(float(body.get("advance", 0.0)))
+        for _ in range(20):  # what has woken up acts before the answer
+            await asyncio.sleep(0)
+        return {"now": self._clock()}
 
     async def _set(self, request: web.Request) -> Any:
         body = await request.json()

@@ -56,7 +56,7 @@ Port {port}
 HostKey "{box}/etc/ssh/ssh_host_ed25519_key"
 HostKey "{box}/etc/ssh/ssh_host_ecdsa_key"
 PidFile "{box}/run/sshd.pid"
-AuthorizedKeysFile "{box}/root/.ssh/authorized_keys"
+AuthorizedKeysFile {keys}
 AuthenticationMethods publickey
 PermitRootLogin prohibit-password
 PasswordAuthentication no
@@ -93,6 +93,8 @@ class BoxConfig:
     gap_s: float = 2.0
     """sshd first: how long the image's own sshd is up before onstart. Else: how long onstart may hold sshd back."""
     sshd_delay_s: float = 0.0
+    deny_s: float = 0.0
+    """For so long sshd accepts no key."""
     market_pid: int = 0
     """The supervisor ends the box when this process, its parent, ends; 0: no such parent."""
     ollama: str = ""
@@ -268,8 +270,9 @@ def _host_keys(box: Path) -> None:
         subprocess.run([*command, "-f", str(key)], check=True, stdin=subprocess.DEVNULL, capture_output=True)
 
 
-def configure_sshd(box: Path, port: int) -> None:
+def configure_sshd(box: Path, port: int, *, deny: bool = False) -> None:
     """Write sshd_config; what `environment` says, as this process sees the machine, is what its sessions get."""
+    keys = "none" if deny else f'"{box}/root/.ssh/authorized_keys"'
     write(box / "etc/ssh/banner", _BANNER)
     sessions = " ".join(f'"{name}={value}"' for name, value in environment(box).items())
-    write(box / "etc/ssh/sshd_config", _SSHD_CONFIG.format(port=port, box=box, environment=sessions))
+    write(box / "etc/ssh/sshd_config", _SSHD_CONFIG.format(port=port, box=box, keys=keys, environment=sessions))

@@ -15,7 +15,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +27,10 @@ from selfhost_cli.sandbox.api import Api
 from selfhost_cli.sandbox.catalogue import Catalogue
 from selfhost_cli.sandbox.control import Control, RequestLog
 from selfhost_cli.sandbox.faults import Faults
-from selfhost_cli.sandbox.instances import Clock, Instances, Settings
+from selfhost_cli.sandbox.instances import Instances, Settings
 from selfhost_cli.sandbox.mirror import FOLDERS, Mirror
 from selfhost_cli.sandbox.registry import Registry
+from selfhost_cli.sandbox.timeline import Timeline
 
 API_KEY_VARIABLE = "SELFHOST_SANDBOX_API_KEY"
 
@@ -49,23 +50,23 @@ class Options:
 class Market:
     """Everything one market consists of, around one aiohttp application."""
 
-    def __init__(self, options: Options, clock: Clock = time.time) -> None:
+    def __init__(self, options: Options, clock: Callable[[], float] = time.time) -> None:
         self.options = options
         self.control_token = secrets.token_urlsafe(32)
         self.boxes = options.state / "boxes"
         self.ending = asyncio.Event()
         self.last_request = time.monotonic()
-        faults, catalogue = Faults(), Catalogue(options.seed, clock())
-        self.instances = Instances(self.boxes, catalogue, faults, options.settings, clock, os.getpid())
-        self.requests = RequestLog()
+        timeline = Timeline(clock)
+        faults, catalogue = Faults(timeline), Catalogue(options.seed, timeline())
+        self.instances = Instances(self.boxes, catalogue, faults, options.settings, timeline, os.getpid())
+        self.requests = RequestLog(timeline)
         mirror = Mirror(options.cache, self.instances)
         api = Api(
             api_key=options.api_key,
             catalogue=catalogue,
             instances=self.instances,
             faults=faults,
-            settings=options.settings,
-            clock=clock,
+            clock=timeline,
         )
         control = Control(
             token=self.control_token,
@@ -74,10 +75,11 @@ class Market:
             settings=options.settings,
             mirror=mirror,
             requests=self.requests,
-            clock=clock,
+            clock=timeline,
             shutdown=self.ending.set,
         )
         self.app = web.Application(middlewares=[self._noted])
+        self.app.cleanup_ctx.append(self._crediting)
         self.app.add_routes([*api.routes(), *control.routes(), *Registry(options.cache).routes()])
         self.app.router.add_get(f"/mirror/{{folder:{FOLDERS}}}/", mirror.index)
         self.app.router.add_get(f"/mirror/{{folder:{FOLDERS}}}/{{name}}", mirror.file)
@@ -87,17 +89,23 @@ class Market:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         self.last_request = time.monotonic()
+        note = await self.requests.note(request) if request.path.startswith("/api/") else {}
         try:
             response = await handler(request)
+            # None stays where the client gets no answer.
+            if request.transport is not None and not request.transport.is_closing():
+                note["status"] = response.status
         except web.HTTPException as error:
-            if request.path.startswith("/api/"):
-                await self.requests.note(request, error.status)
+            note["status"] = error.status
             raise
         finally:
             self.last_request = time.monotonic()
-        if request.path.startswith("/api/"):
-            await self.requests.note(request, response.status)
         return response
+
+    async def _crediting(self, app: web.Application) -> AsyncIterator[None]:
+        watch = asyncio.create_task(self.instances.watch_credit())
+        yield
+        watch.cancel()
 
     async def run(self) -> None:
         """Serve until idle, SIGTERM, SIGINT or the control endpoint's shutdown; then destroy every box."""

@@ -151,7 +151,7 @@ class Mirror:
             nonlocal told
             instance.meter.down_bytes += length
             now = asyncio.get_running_loop().time()
-            if (over or now - told > 0.5) and instance.ended is None:
+            if (over or now - told > 0.5) and instance.ended is None and instance.box is not None:
                 told = now
                 image.write_net_dev(instance.box, instance.meter.down_bytes, instance.meter.up_bytes)
 
@@ -160,12 +160,11 @@ class Mirror:
     def _who(self, request: web.Request) -> Instance | None:
         """The box whose process holds the other end of the connection: on loopback they all have one address."""
         peer = request.transport.get_extra_info("peername") if request.transport else None
-        inode = _inode(peer[1]) if peer else None
-        if inode is None:
-            return None
-        for instance in self._instances.alive():
-            if any(_holds(pid, inode) for pid in instance.pids()):
-                return instance
+        for _ in range(3):  # the kernel's tables may skip a line while they change
+            inode = _inode(peer[1]) if peer else None
+            for instance in self._instances.alive() if inode else ():
+                if any(_holds(pid, inode) for pid in instance.pids()):
+                    return instance
         return None
 
 
@@ -184,7 +183,7 @@ def _inode(port: int) -> str | None:
     return None
 
 
-def _holds(pid: int, inode: str) -> bool:
+def _holds(pid: int, inode: str | None) -> bool:
     folder = f"/proc/{pid}/fd"
     try:
         return any(os.readlink(f"{folder}/{name}") == f"socket:[{inode}]" for name in os.listdir(folder))

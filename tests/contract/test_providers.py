@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from selfhost_cli.errors import KeyRefused, MarketUnreachable, OfferGone
+from selfhost_cli.errors import AnswerLost, KeyRefused, MarketUnreachable, NoCredit, OfferGone
 from selfhost_cli.model import BoxSpec, BoxState, Need
 from selfhost_cli.providers import Provider
 from selfhost_cli.providers.vast import VastProvider, _offer, cli_key
@@ -26,10 +26,51 @@ NEED = Need(disk_gb=30.0, hours=2.0)
 
 @dataclass
 class Case:
-    """A provider, and how to make its next create fail because the offer is gone."""
+    """A provider, and how to make its market misbehave: the next create, the account, the list, the next answers."""
 
     provider: Provider
     take_the_offer_away: Callable[[], None]
+    lose_the_answer: Callable[[], None]
+    take_the_money: Callable[[], None]
+    lag: Callable[[float], None]
+    go_down: Callable[[], None]
+    pass_time: Callable[[float], None]
+
+
+def fake_case() -> Case:
+    fake = FakeMarket(FakeClock())
+
+    def switch(name: str, value: float) -> Callable[[], None]:
+        return lambda: setattr(fake, name, value)
+
+    return Case(
+        provider=fake,
+        take_the_offer_away=switch("gone", 1),
+        lose_the_answer=switch("lost_with_effect", 1),
+        take_the_money=switch("credit", 0.0),
+        lag=lambda seconds: setattr(fake, "listing_lag", seconds),
+        go_down=switch("unreachable", 4),
+        pass_time=fake.clock.sleep,
+    )
+
+
+def sandbox_case(market: MarketProcess) -> Case:
+    def switch(fault: str, **options: Any) -> Callable[[], None]:
+        return lambda: market.set("/faults", fault=fault, **options)
+
+    def lag(seconds: float) -> None:
+        market.set("/faults", fault="listed_late", seconds=seconds)
+        market.set("/faults", fault="listed_long", seconds=seconds)
+
+    return Case(
+        provider=VastProvider(market.facts["api_key"], market.url, env=os.environ, clock=FakeClock()),
+        take_the_offer_away=switch("offer_gone", calls=1),
+        lose_the_answer=switch("answer_lost", how="drop", calls=1),
+        take_the_money=switch("credit_gone"),
+        lag=lag,
+        go_down=switch("market_down", seconds=60),
+        pass_time=market.advance,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +87,12 @@ def real(market: MarketProcess) -> VastProvider:
 @pytest.fixture(params=["sandbox", "fake"])
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     if request.param == "fake":
-        fake = FakeMarket(FakeClock())
-        yield Case(fake, lambda: setattr(fake, "gone", 1))
+        yield fake_case()
         return
     market: MarketProcess = request.getfixturevalue("market")
-    yield Case(real(market), lambda: market.set("/faults", fault="offer_gone", calls=1))
-    market.destroy_all()
+    yield sandbox_case(market)
     market.control.delete("/faults")
+    market.destroy_all()
 
 
 def spec(label: str) -> BoxSpec:
@@ -81,6 +121,51 @@ def test_an_offer_that_is_gone_says_so_and_makes_nothing(case: Case) -> None:
     with pytest.raises(OfferGone, match=str(offer.id)):
         case.provider.create(offer, spec("selfhost-a-2"))
     assert case.provider.instances("selfhost-a-2") == []
+
+
+def test_a_lost_answer_says_so_and_the_list_tells_what_became_of_it(case: Case) -> None:
+    case.lose_the_answer()
+    with pytest.raises(AnswerLost):
+        case.provider.create(case.provider.offers(NEED)[0], spec("selfhost-a-7"))
+    (box,) = case.provider.instances("selfhost-a-7")
+    assert box.label == "selfhost-a-7"
+
+
+def test_an_account_that_cannot_pay_says_so_and_makes_nothing(case: Case) -> None:
+    offer = case.provider.offers(NEED)[0]
+    case.take_the_money()
+    with pytest.raises(NoCredit):
+        case.provider.create(offer, spec("selfhost-a-8"))
+    assert case.provider.account().credit <= 0
+    assert case.provider.instances("selfhost-a-8") == []
+
+
+def test_a_list_that_lags_shows_a_box_late_and_for_too_long(case: Case) -> None:
+    case.lag(30)
+    number = case.provider.create(case.provider.offers(NEED)[0], spec("selfhost-a-9"))
+    assert case.provider.instances("selfhost-a-9") == []
+    assert case.provider.get(number) is not None
+    case.pass_time(30)
+    assert [box.id for box in case.provider.instances("selfhost-a-9")] == [number]
+    case.provider.destroy(number)
+    assert case.provider.get(number) is None
+    assert [box.id for box in case.provider.instances("selfhost-a-9")] == [number]
+    case.pass_time(30)
+    assert case.provider.instances("selfhost-a-9") == []
+
+
+@pytest.mark.parametrize("verb", ["account", "offers", "instances", "get", "destroy"])
+def test_a_market_that_is_down_is_unreachable_and_not_empty(case: Case, verb: str) -> None:
+    arguments: dict[str, tuple[Any, ...]] = {
+        "account": (),
+        "offers": (NEED,),
+        "instances": ("selfhost-",),
+        "get": (7,),
+        "destroy": (7,),
+    }
+    case.go_down()
+    with pytest.raises(MarketUnreachable):
+        getattr(case.provider, verb)(*arguments[verb])
 
 
 def test_a_login_key_can_be_registered_and_attached_again_and_again(case: Case) -> None:

@@ -41,9 +41,10 @@ def market(_boxes_can_run: None, tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture
 def clean(market: MarketProcess) -> Iterator[MarketProcess]:
     yield market
-    market.destroy_all()
     market.control.delete("/faults")
-    market.set("/settings", sshd_first=False, gap_s=2.0, sshd_delay_s=0.0, credit=25.0, ollama="")
+    market.destroy_all()
+    market.set("/clock", stopped=False)
+    market.set("/settings", sshd_first=False, gap_s=2.0, sshd_delay_s=0.0, credit=25.0, ollama="", real_boxes=True)
     market.set("/mirror")
 
 

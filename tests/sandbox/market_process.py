@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 from vastai import VastAI
 
+from tests.fakes.clock import FakeClock
 from tests.waiting import until
 
 
@@ -27,7 +28,7 @@ class MarketProcess:
         command += ["--cache", str(self.cache), "--fast", *arguments]
         self.errors = folder / "market.err"
         # Warnings of asyncio (something never awaited, a transport left open) become visible in what it prints.
-        environment = os.environ | {"PYTHONWARNINGS": "always", "PYTHONASYNCIODEBUG": "0"}
+        environment = os.environ | {"PYTHONWARNINGS": "always"}
         with self.errors.open("ab") as errors:
             self.process = subprocess.Popen(command, stderr=errors, env=environment)
         announced = self.state / "market.json"
@@ -69,6 +70,15 @@ class MarketProcess:
     def box(self, instance: int) -> Path:
         return self.state / "boxes" / f"box-{instance}"
 
+    def asked(self, *methods: str) -> list[dict[str, Any]]:
+        """What was asked, by these methods or any."""
+        rows: list[dict[str, Any]] = self.control.get("/requests").json()
+        return [row for row in rows if not methods or row["method"] in methods]
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass on the market's clock."""
+        self.set("/clock", advance=seconds)
+
     def destroy_all(self) -> None:
         sdk = self.sdk()
         for row in self.billed()["instances"]:
@@ -85,3 +95,15 @@ class MarketProcess:
         assert list((self.state / "boxes").glob("*")) == []
         said = self.errors.read_text()
         assert not said, said
+
+
+class SharedClock(FakeClock):
+    """Starts at the market's time; whoever sleeps on it makes time pass for the market, too."""
+
+    def __init__(self, market: MarketProcess) -> None:
+        super().__init__(market.set("/clock")["now"])
+        self._market = market
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds)
+        self._market.advance(seconds)

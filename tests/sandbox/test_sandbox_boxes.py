@@ -320,6 +320,55 @@ def test_a_host_can_die_by_itself_after_a_while(clean: MarketProcess) -> None:
     rented.destroy()
 
 
+def test_sshd_may_refuse_for_a_while_after_running(clean: MarketProcess, login: Path) -> None:
+    clean.set("/faults", fault="ssh_refuses", seconds=1.5, calls=1)
+    rented = rent(clean, own_login(login))
+    port = rented.port()
+    with pytest.raises(paramiko.ssh_exception.NoValidConnectionsError):
+        connect(port, login, seconds=0)
+    connect(port, login).close()
+    rented.destroy()
+
+
+def test_sshd_may_deny_every_key_for_a_while(clean: MarketProcess, login: Path) -> None:
+    clean.set("/faults", fault="ssh_denies", seconds=1.5, calls=1)
+    rented = rent(clean, own_login(login))
+    port, log = rented.port(), rented.box / "var/log/sshd.log"
+    until(lambda: log.exists() and "listening" in log.read_text())
+    with pytest.raises(paramiko.AuthenticationException):
+        connect(port, login, seconds=0)
+    connect(port, login).close()
+    rented.destroy()
+
+
+@pytest.mark.parametrize("only", ["direct", "proxy"])
+def test_one_endpoint_may_be_the_only_one_that_answers(clean: MarketProcess, login: Path, only: str) -> None:
+    clean.set("/faults", fault="one_endpoint", only=only, calls=1)
+    rented = rent(clean, own_login(login))
+    row = until(lambda: (row := rented.row())["actual_status"] == "running" and row)
+    ports = {"direct": int(row["ports"]["22/tcp"][0]["HostPort"]), "proxy": int(row["ssh_port"])}
+    connect(ports.pop(only), login).close()
+    (dead,) = ports.values()
+    with pytest.raises(paramiko.ssh_exception.NoValidConnectionsError):
+        connect(dead, login, seconds=0)
+    rented.destroy()
+
+
+def test_an_endpoint_may_move_when_the_container_starts_again(clean: MarketProcess, login: Path) -> None:
+    rented = rent(clean, own_login(login))
+    old = rented.port()
+    connect(old, login).close()
+    clean.set("/faults", fault="endpoint_moves", calls=1)
+    clean.sdk().stop_instance(id=rented.id)
+    clean.sdk().start_instance(id=rented.id)
+    new = rented.port()
+    assert new != old
+    connect(new, login).close()
+    with pytest.raises(paramiko.ssh_exception.NoValidConnectionsError):
+        connect(old, login, seconds=0)
+    rented.destroy()
+
+
 def test_a_box_downloads_from_the_mirror_and_its_bytes_are_billed_and_seen(clean: MarketProcess) -> None:
     (clean.cache / "models/model.bin").write_bytes(bytes(2_000_000))
     rented = rent(clean, f"curl -s {clean.facts['mirror']}/models/model.bin | wc -c\n")

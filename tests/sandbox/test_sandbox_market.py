@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from tests.sandbox.market_process import MarketProcess
 from tests.waiting import until
 
 QUERY = {"gpu_name": {"eq": "RTX 4090"}, "num_gpus": {"eq": 1}}
-CAPTURES = json.loads((Path(__file__).parent / "captures/sdk_requests.json").read_text())
 KEY = "ssh-ed25519 AAAA me@x"
 
 
@@ -48,64 +46,6 @@ def refusal(call: Any) -> tuple[int, dict[str, Any]]:
 def sent(market: MarketProcess) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = market.control.get("/requests").json()
     return rows
-
-
-def test_the_sdk_asks_what_it_asked_when_the_contract_was_recorded(clean: MarketProcess) -> None:
-    sdk = clean.sdk()
-    offer = sdk.search_offers(query={"disk_space": {"gte": 100}}, limit=1)[0]["id"]
-    clean.control.delete("/requests")
-    instance = sdk.create_instance(
-        id=offer,
-        image="vastai/base-image:@vastai-automatic-tag",
-        env={"A": "1", "-p 11434:11434": "1"},
-        disk=80,
-        label="selfhost-x",
-        onstart_cmd="touch ~/.no_auto_tmux",
-        ssh=True,
-        direct=True,
-        cancel_unavail=True,
-    )["new_contract"]
-    sdk.search_offers(query=QUERY, order="dph_total,score-", limit=20, storage=80)
-    sdk.show_instance(id=instance)
-    sdk.show_instances_v1(
-        {
-            "select_filters": {"label": {"in": ["selfhost-x"]}},
-            "select_cols": ["id", "label", "actual_status"],
-            "order_by": [{"col": "id", "dir": "asc"}],
-            "limit": 25,
-        }
-    )
-    sdk.start_instance(id=instance)
-    sdk.label_instance(id=instance, label="selfhost-y")
-    sdk.attach_ssh(instance_id=instance, ssh_key=KEY)
-    sdk.create_ssh_key(ssh_key=KEY)
-    sdk.show_ssh_keys()
-    sdk.show_user()
-    sdk.stop_instance(id=instance)
-    sdk.destroy_instance(id=instance)
-    recorded = [
-        request
-        for name in (
-            "create_instance_full",
-            "search_offers_dict",
-            "show_instance",
-            "show_instances_v1_filter",
-            "start_instance",
-            "label_instance",
-            "attach_ssh",
-            "create_ssh_key",
-            "show_ssh_keys",
-            "show_user",
-            "stop_instance",
-            "destroy_instance",
-        )
-        for request in CAPTURES[name]
-    ]
-    now = [{key: row[key] for key in ("method", "path", "query", "body")} for row in sent(clean)]
-    for request in now:
-        request["path"] = request["path"].replace(str(instance), "52402296").replace(str(offer), "41684738")
-    assert now == recorded
-    sdk.delete_ssh_key(id=101)
 
 
 def test_every_path_answers_with_and_without_its_trailing_slash(clean: MarketProcess) -> None:

@@ -16,6 +16,7 @@ from selfhost_cli.sandbox.billing import Meter
 from selfhost_cli.sandbox.catalogue import BadQuery, Catalogue
 from selfhost_cli.sandbox.faults import Faults
 from selfhost_cli.sandbox.market import Market, Options
+from selfhost_cli.sandbox.timeline import Timeline
 
 NOW = 1_800_000_000.0
 
@@ -147,13 +148,80 @@ def test_a_fault_without_calls_stays_until_it_is_cleared() -> None:
     assert faults.take("boot_stuck", offer=1) is None
 
 
+def test_a_fault_can_wait_for_its_turn_and_be_meant_for_one_call() -> None:
+    faults = Faults()
+    faults.add("answer_lost", {"call": "list"}, skip=2, calls=1)
+    asked = ["list", "create", "list", "list", "list"]
+    assert [faults.take("answer_lost", call=call) is not None for call in asked] == [False, False, False, True, False]
+    faults.add("rate_limited", {}, calls=1)
+    assert faults.take("rate_limited", call="charges") is not None, "any call is meant"
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("earthquake", {}), ("offer_gone", {"spelling": "418"}), ("slow_boot", {"lunch": 1}), ("slow_boot", {"null": -1})],
+    [
+        ("earthquake", {}),
+        ("offer_gone", {"spelling": "418"}),
+        ("slow_boot", {"lunch": 1}),
+        ("slow_boot", {"null": -1}),
+        ("listed_late", {"seconds": None}),
+        ("listed_late", {"seconds": float("inf")}),
+        ("answer_lost", {"effect": 1}),
+        ("answer_lost", {"call": "lunch"}),
+    ],
 )
 def test_a_fault_that_there_is_not_is_refused(kind: str, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Faults().add(kind, options)
+
+
+@pytest.mark.parametrize("aim", [{"calls": "many"}, {"skip": -1}, {"offer": 0.5}])
+def test_an_aim_that_makes_no_sense_is_refused(aim: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Faults().add("offer_gone", {}, **aim)
+
+
+def test_who_sleeps_on_the_markets_time_wakes_when_it_is_moved_however_far() -> None:
+    async def scenario() -> list[str]:
+        timeline, woken = Timeline(lambda: NOW), []
+
+        async def sleeper(seconds: float) -> None:
+            await timeline.sleep(seconds)
+            woken.append(f"{seconds:g} at {timeline() - NOW:g}")
+
+        timeline.stop(True)
+        sleepers = [asyncio.create_task(sleeper(seconds)) for seconds in (60, 3600)]
+        for step in (0, 59, 1, 10_000):
+            timeline.advance(step)
+            for _ in range(20):
+                await asyncio.sleep(0)
+        await asyncio.wait(sleepers, timeout=10)
+        return woken
+
+    assert asyncio.run(scenario()) == ["60 at 60", "3600 at 10060"]
+
+
+def test_the_markets_time_stands_still_and_runs_on_from_there_and_never_goes_back() -> None:
+    system = [NOW]
+    timeline = Timeline(lambda: system[0])
+    timeline.advance(10)
+    system[0] += 1
+    timeline.stop(True)
+    system[0] += 100
+    assert timeline() == NOW + 11
+    timeline.stop(False)
+    system[0] += 5
+    assert timeline() == NOW + 16
+    with pytest.raises(ValueError, match="ahead only"):
+        timeline.advance(-1)
+
+
+def test_a_new_price_bills_what_comes_after_it_only() -> None:
+    meter = Meter(gpu_hour=3.6, disk_hour=0.0, down_per_gb=0.0, up_per_gb=0.0, since=NOW)
+    meter.switch(NOW, gpu=True, disk=True)
+    meter.reprice(NOW + 100, 7.2)
+    assert meter.bill(NOW + 200).gpu == pytest.approx(0.1 + 0.2)
+    assert meter.rates == (7.2, 0.0)
 
 
 def test_an_hour_on_the_markets_clock_is_billed_as_an_hour(tmp_path: Path) -> None:
