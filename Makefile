@@ -1,4 +1,4 @@
-# Aliases of what is in scripts/, which works without make. Arguments: make test ARGS="-k ledger"
+# Aliases of the commands in scripts/, which work without make; its .sh and .py files help them. Arguments: make test ARGS="-k ledger"
 COMMANDS := $(sort $(filter-out %.sh %.py __pycache__,$(notdir $(wildcard scripts/*))))
 
 .PHONY: help $(COMMANDS)

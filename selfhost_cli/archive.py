@@ -48,10 +48,8 @@ def remember(path: Path, archive: Archive) -> None:
 
 def _read(path: Path) -> list[Archive]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        return [parse(line) for line in path.read_text("utf-8").splitlines()]
     except FileNotFoundError:
         return []
-    try:
-        return [parse(line) for line in lines]
     except ValueError as error:
         raise UsageError(f"{path}: {error}", "Delete the wrong line; what it held is recorded anew.") from error

@@ -103,13 +103,14 @@ def launch(
 ) -> Launch:
     """What to execute so that Claude Code talks to `url` only and knows the model's real `context` (tokens).
 
-    `args` pass through untouched, in order. `home` gives Claude Code a home of its own. Changes nothing; the one
-    thing read is the user's `settings.json`, for whether it decides about auto mode. Raises UsageError for a model
-    name that Claude Code would take for one of its own.
+    `args` pass through untouched, in order. `home` gives Claude Code a home of its own, with its temporary files.
+    Changes nothing; the one thing read is the user's `settings.json`, for whether it decides about auto mode. Raises
+    UsageError for a model name that Claude Code would take for one of its own.
     """
     own = dict(env)
     if home is not None:
-        own.update(HOME=str(home), CLAUDE_CONFIG_DIR=str(home / ".claude"))
+        # It leaves temporary files. (With a `home` of more than about 80 bytes its socket is in /tmp all the same.)
+        own.update(HOME=str(home), CLAUDE_CONFIG_DIR=str(home / ".claude"), CLAUDE_CODE_TMPDIR=str(home / "tmp"))
     kept = {name: value for name, value in own.items() if not _conflicts(name)}
     ours = environment(url, token, model, context, own, max_output)
     mode = () if _mode_decided(args, own) else ("--settings", AUTO_MODE_OFF)

@@ -253,8 +253,8 @@ def installation_id(where: Paths) -> str:
             pass
         finally:
             os.unlink(draft)
-    identity = path.read_text().strip()
-    if len(identity) != 10 or not identity.isalnum():
+    identity = path.read_text(errors="replace").strip()
+    if len(identity) != 10 or not (identity.isascii() and identity.isalnum()):
         raise UsageError(
             f"{path} does not hold an installation id",
             "It names your boxes at the market. Restore it, or run `selfhost down --all`, then delete the file.",

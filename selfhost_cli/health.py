@@ -72,10 +72,9 @@ def _probes(client: httpx.Client, model: str, context: int, gpu: bool) -> Iterat
     yield verdict("tunnel", True, "requests reach the box")
     yield verdict("proxy", True, f"selfhost {box.get('version', '?')} on the box")
     engine = str(box.get("engine"))
-    part = (box.get("components") or {}).get(engine)
-    named = f"{engine} {part.get('version', '')}".strip() if isinstance(part, dict) else engine
-    yield verdict("engine", _is_up(part), named if _is_up(part) else f"{engine} does not answer: {_reason(part)}")
-    facts: dict[str, Any] = part if isinstance(part, dict) else {}
+    facts = section(box, "components", engine)
+    named = f"{engine} {facts.get('version', '')}".strip()
+    yield verdict("engine", _is_up(facts), named if _is_up(facts) else f"{engine} does not answer: {_reason(facts)}")
     problem = _wrong_model(box.get("model"), model, facts)
     yield verdict("model", not problem, problem or described(model, facts))
     share = on_gpu(facts)
@@ -88,6 +87,13 @@ def _probes(client: httpx.Client, model: str, context: int, gpu: bool) -> Iterat
     yield verdict("token", not answer.startswith("!"), answer.removeprefix("!"))
 
 
+def section(answer: object, *names: str) -> dict[str, Any]:
+    """What a box's answer holds below these names, {} when that is no object: a stranger's machine wrote it."""
+    for name in names:
+        answer = answer.get(name) if isinstance(answer, dict) else None
+    return answer if isinstance(answer, dict) else {}
+
+
 def described(model: str, facts: dict[str, Any]) -> str:
     """The model with its size and quantization, as far as the engine tells them."""
     more = " ".join(str(facts[key]) for key in ("parameters", "quantization") if facts.get(key))
@@ -97,7 +103,7 @@ def described(model: str, facts: dict[str, Any]) -> str:
 def on_gpu(facts: dict[str, Any]) -> float | None:
     """Which part of the model is in video memory, 0 to 1; None when the engine does not tell."""
     size, there = facts.get("size"), facts.get("size_vram")
-    return there / size if isinstance(size, int) and size and isinstance(there, int) else None
+    return there / size if isinstance(size, int) and isinstance(there, int) and 0 <= there <= size > 0 else None
 
 
 def _wrong_model(served: object, model: str, facts: dict[str, Any]) -> str:
@@ -123,20 +129,22 @@ def _box(client: httpx.Client) -> dict[str, Any] | Missing:
         body = client.get("/health").json()
     except (httpx.HTTPError, ValueError) as error:
         return Missing("front", f"the local front does not answer: {error}")
-    box = body.get("box") if isinstance(body, dict) else None
-    if isinstance(box, dict) and "components" in box:
+    box = section(body, "box")
+    if section(box, "components"):
         return box
-    if isinstance(box, dict) and box.get("state") != "connected":
+    if box.get("status") != "away":
+        return Missing("proxy", "the proxy on the box does not tell what runs there")
+    if box.get("state") != "connected":
         return Missing("tunnel", f"{box.get('state')}: {box.get('reason')}")
     return Missing("proxy", f"the proxy on the box does not answer: {_reason(box)}")
 
 
-def _reason(part: object) -> str:
-    return str(part.get("reason") or part.get("status")) if isinstance(part, dict) else "no answer"
+def _reason(part: dict[str, Any]) -> str:
+    return str(part.get("reason") or part.get("status") or "no answer")
 
 
-def _is_up(part: object) -> bool:
-    return isinstance(part, dict) and part.get("status") in ("healthy", "up", "ok")
+def _is_up(part: dict[str, Any]) -> bool:
+    return part.get("status") in ("healthy", "up", "ok")
 
 
 def _token(client: httpx.Client, model: str) -> str:
@@ -149,7 +157,7 @@ def _token(client: httpx.Client, model: str) -> str:
         answer = response.json()
     except (httpx.HTTPError, ValueError) as error:
         return f"!no answer: {error}"
-    usage = answer.get("usage") or {}
-    if response.status_code != 200 or not usage.get("output_tokens"):
-        return f"!{response.status_code} {answer.get('error') or answer}"
-    return f"{usage['output_tokens']} tokens in {time.monotonic() - began:.1f} s"
+    tokens = section(answer, "usage").get("output_tokens")
+    if response.status_code != 200 or not isinstance(tokens, int) or tokens < 1:
+        return f"!{response.status_code} {section(answer, 'error') or answer}"
+    return f"{tokens} tokens in {time.monotonic() - began:.1f} s"

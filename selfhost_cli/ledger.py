@@ -151,17 +151,15 @@ class Ledger:
                 db, replace(current, state=State.ENDING, reason=reason, blameless=blameless or current.blameless)
             )
 
-    def ended(self, label: str, at: float) -> Rental:
-        """Record that it is proven gone."""
+    def ended(self, label: str, at: float, reason: str = "") -> Rental:
+        """Record that it is proven gone, or, with the reason, that it never was. The first reason stays."""
         with self._transaction() as db:
             current = self._current(db, label)
-            return self._write(db, replace(current, state=State.ENDED, ended_at=current.ended_at or at))
-
-    def event(self, label: str, kind: str, text: str) -> None:
-        with self._transaction() as db:
-            self._note(db, label, kind, text)
+            gone = replace(current, state=State.ENDED, ended_at=current.ended_at or at, reason=current.reason or reason)
+            return self._write(db, gone)
 
     def events(self, label: str) -> list[tuple[float, str, str]]:
+        """(time, kind, text) of every transition, with its reason."""
         return self._rows("SELECT at, kind, text FROM events WHERE label = ? ORDER BY rowid", label)
 
     def add_usage(self, label: str, kind: str, usage: Usage) -> None:

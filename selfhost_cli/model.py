@@ -183,6 +183,8 @@ class Rental:
     reason: str = ""
     blameless: bool = False
     """The machine had no part in its end."""
+    disk_gb: float | None = None
+    """Rented with it; None in records of older versions."""
 
     def __str__(self) -> str:
         box = f"box {self.instance_id}" if self.instance_id else f"box labelled {self.label}"

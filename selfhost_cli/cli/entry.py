@@ -6,6 +6,7 @@ box or an event loop, and what only some runs need is imported where it is neede
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,9 @@ from typing import NoReturn
 
 from selfhost_cli.cli import words
 from selfhost_cli.errors import NotSetUp, SelfhostError
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""What a full or broken disk says, of what has no name: our own output."""
 
 
 def main() -> NoReturn:
@@ -27,7 +31,10 @@ def boundary(action: Callable[[], int]) -> int:
     Anything else that is raised is a bug of ours and keeps its traceback.
     """
     try:
-        return action()
+        code = action()
+        if sys.stdout is not None:  # it is when it was closed before we started
+            sys.stdout.flush()
+        return code
     except SelfhostError as error:
         words.say(
             words.in_profile(
@@ -39,13 +46,26 @@ def boundary(action: Callable[[], int]) -> int:
         words.say("selfhost: interrupted")
         return 130
     except BrokenPipeError:
-        words.discard(1)
         return 128 + 13
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            words.say(f"selfhost: {error.filename}: {error.strerror}")
+            return NotSetUp.exit_code
+        if error.errno not in UNWRITABLE:
             raise
-        words.say(f"selfhost: {error.filename}: {error.strerror}")
-        return NotSetUp.exit_code
+        words.say(f"selfhost: the output cannot be written: {error.strerror}")
+        return SelfhostError.exit_code
+    finally:
+        _drop_what_cannot_be_written()
+
+
+def _drop_what_cannot_be_written() -> None:
+    """What is left of stdout, after a failure to write it: the interpreter would try again at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        words.discard(1)
 
 
 def profile_of(argv: Sequence[str], env: Mapping[str, str]) -> str:

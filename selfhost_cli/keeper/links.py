@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from selfhost_cli import install
+from selfhost_cli.errors import SelfhostError
 from selfhost_cli.model import Endpoint, Rental
-from selfhost_cli.remote import ConnectionLost, NotYet, Result
+from selfhost_cli.remote import ConnectionLost, Result
 
 RENEW_EVERY_S = 5.0
 ANSWER_S = 5.0
@@ -93,7 +94,7 @@ class Link(threading.Thread):
         for endpoint in self._candidates:
             try:
                 return self._open_line(self.rental, endpoint)
-            except NotYet as error:
+            except SelfhostError as error:
                 if error.message != self.reason:
                     log.info("box %s: %s", self.rental.instance_id, error.message)
                 self._set(self.state, error.message, None)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from selfhost_cli.config import Settings, Source
+from selfhost_cli.config import Source
 from selfhost_cli.errors import (
     MarketError,
     MayBeBilling,
     NothingToRent,
     NotServable,
+    NotSetUp,
     OfferGone,
     SelfhostError,
     Superseded,
@@ -55,7 +56,7 @@ def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = Tr
             if not confirm(plan):
                 raise SelfhostError("nothing was rented")
             return _guarded(world, lambda: _rent(world, plan))
-        _check_wishes(world.settings, rental)
+        _check_wishes(world, rental)
         if rental.state is State.READY:
             return _attach(world, rental)
         return _guarded(world, lambda: advance(world, rental))
@@ -80,17 +81,30 @@ def _unfinished(world: World) -> Rental | None:
     return live[0] if live else None
 
 
-def _check_wishes(settings: Settings, rental: Rental) -> None:
+def _check_wishes(world: World, rental: Rental) -> None:
     """A flag that asks for something other than what is up is an error, and never silently ignored."""
-    caps = rental.caps
-    have: dict[str, object] = {"model": rental.model, "context": rental.context, "engine": rental.engine}
-    have |= {"max_spend": caps.max_dollars}
-    have |= {"gpu": rental.gpu.removesuffix(SIMULATED), "hours": caps.max_s / 3600, "idle": caps.idle_s / 60}
-    for name, value in have.items():
-        if settings.sources[name] is Source.FLAG and getattr(settings, name) != value:
+    wish, caps, port = world.settings, rental.caps, world.keeper.start().port
+    fulfilled = {
+        "gpu": (wish.gpu == rental.gpu.removesuffix(SIMULATED), rental.gpu),
+        "region": (wish.region.lower() in rental.place.lower(), f"in {rental.place or 'an unknown place'}"),
+        "max_price": (wish.max_price is None or rental.dph_total <= wish.max_price, f"${rental.dph_total:.3f}/h"),
+        "model": (wish.model == rental.model, rental.model),
+        "context": (wish.context == rental.context, f"{rental.context} tokens"),
+        "engine": (wish.engine == rental.engine, rental.engine),
+        "disk": (wish.disk == rental.disk_gb, f"{rental.disk_gb or '?'} GB of disk"),
+        "hours": (round(wish.hours * 3600) == caps.max_s, f"{caps.max_s / 3600:g} h"),
+        "max_spend": (wish.max_spend == caps.max_dollars, f"${caps.max_dollars:g}"),
+        "idle": (round(wish.idle * 60) == caps.idle_s, f"{caps.idle_s / 60:g} minutes"),
+        "port": (wish.port == port, f"port {port}"),
+        # Whether its watchdog is armed is asked while it gets ready.
+        "unguarded": (rental.state is not State.READY, "the watchdog that it has"),
+    }
+    for name, (holds, what) in fulfilled.items():
+        if wish.sources[name] is Source.FLAG and not holds:
+            option = f"--{name.replace('_', '-')}"
             raise UsageError(
-                f"{rental} is up already, with {name} {value}; --{name.replace('_', '-')} cannot change that",
-                "Leave the option out, or end the box with `selfhost down` first.",
+                f"{rental} is up already; {option} cannot change what it has: {what}",
+                f"Leave {option} out, or end the box with `selfhost down` first.",
             )
 
 
@@ -113,7 +127,7 @@ def _clean_up(world: World, cause: BaseException) -> None:
         try:
             rentals = world.ledger.live()
             for rental in rentals:
-                world.ledger.end(rental.label, reason, blameless=isinstance(cause, NotServable))
+                world.ledger.end(rental.label, reason, blameless=isinstance(cause, NotServable | NotSetUp))
             if not rentals:
                 return  # nothing was sent, or the market said no
         except LedgerBroken as error:

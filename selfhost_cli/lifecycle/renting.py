@@ -16,6 +16,7 @@ from selfhost_cli.errors import (
     MarketError,
     NoCredit,
     NothingToRent,
+    NotSetUp,
     SelfhostError,
     UsageError,
 )
@@ -115,17 +116,29 @@ def _model_bytes(world: World) -> int:
 
 
 def login_key(world: World) -> tuple[Path, str]:
-    """This profile's login key, made at first use: (path of the private half, public line)."""
+    """This profile's login key, made at first use: (path of the private half, public line). Raises NotSetUp."""
     path = world.settings.paths.login_key
     public = path.with_suffix(".pub")
-    if not (path.exists() and public.exists()):
-        private_text, public_text = world.make_key("selfhost")
-        for target, text in ((path, private_text), (public, public_text + "\n")):
-            draft = target.with_name(target.name + ".new")
-            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write(text)
-            draft.replace(target)
-    return path, public.read_text().strip()
+    if not path.exists():
+        public.unlink(missing_ok=True)
+        _write(path, world.make_key("selfhost")[0])
+    half = world.public_half(path)
+    if not public.exists():
+        _write(public, f"{half} selfhost\n")
+    line = public.read_text(errors="replace").strip()
+    if line.split()[:2] != half.split():
+        raise NotSetUp(
+            f"{public} does not belong to the login key beside it, and no box would let us in",
+            "Delete it: it is made again from that key.",
+        )
+    return path, line
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".new")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    draft.replace(path)
 
 
 def create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
@@ -156,6 +169,7 @@ def create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
         host_key=host_public,
         box_token=secrets.token_urlsafe(32),
         market=market_of(settings, plan.account),
+        disk_gb=plan.disk_gb,
     )
     world.ledger.intend(rental)
     try:
@@ -163,16 +177,16 @@ def create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
             raise SelfhostError("the keeper does not watch the new rental", "Run `selfhost up` again.")
         world.report(Event("rent", "start", f"renting {rental.gpu} in {offer.place or 'an unknown place'}"))
         rental = world.ledger.note(rental, sent_at=world.clock.time())
-    except SelfhostError:
-        world.ledger.ended(label, world.clock.time())  # not sent: nothing exists
+    except SelfhostError as error:
+        world.ledger.ended(label, world.clock.time(), f"not sent: {error.message}")
         raise
     try:
         instance_id = world.provider.create(offer, spec)
     except AnswerLost:
         world.report(Event("rent", "note", "the market's answer was lost; looking for the box by its label"))
         return rental
-    except MarketError:
-        world.ledger.ended(label, world.clock.time())  # refused: nothing exists
+    except MarketError as error:
+        world.ledger.ended(label, world.clock.time(), f"refused: {error.message}")
         raise
     world.report(Event("rent", "done", f"box {instance_id}"))
     return world.ledger.advance(rental, State.BOOTING, instance_id=instance_id)

@@ -50,7 +50,8 @@ def _resolve(world: World, rental: Rental) -> Rental:
     if rental.sent_at is not None:
         box = until(look, what="the lost answer", seconds=600, every=world.settings.poll, clock=world.clock)
     if box is None:
-        world.ledger.ended(rental.label, world.clock.time())
+        why = "not sent" if rental.sent_at is None else "the answer was lost, and no box came of it"
+        world.ledger.ended(rental.label, world.clock.time(), why)
         raise SelfhostError("the market did not rent the box; nothing is billed", "Run `selfhost up` again.")
     return world.ledger.advance(rental, State.BOOTING, instance_id=box.id)
 

@@ -62,6 +62,8 @@ class World(Books):
     keeper: Keeper
     connect: Callable[[Endpoint, str, Path], Remote]
     make_key: Callable[[str], tuple[str, str]]
+    public_half: Callable[[Path], str]
+    """Of a private key file, as in a public key line. Raises NotSetUp for one that is damaged."""
     find_claude: Callable[[], Path]
     find_model: Callable[[], int | None]
     """Bytes to download, None when nobody can say now. Raises UsageError when there is no such model."""

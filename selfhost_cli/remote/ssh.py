@@ -14,6 +14,7 @@ from pathlib import Path
 
 import paramiko
 
+from selfhost_cli.errors import NotSetUp
 from selfhost_cli.model import Endpoint
 from selfhost_cli.remote import ConnectionLost, NotYet, Result
 
@@ -40,24 +41,37 @@ def parse_public(line: str) -> paramiko.PKey:
     return paramiko.Ed25519Key(data=base64.b64decode(line.split()[1]))
 
 
+def load_login(path: Path) -> paramiko.PKey:
+    """Our private login key. Raises NotSetUp when the file cannot be read or is damaged."""
+    try:
+        return paramiko.Ed25519Key.from_private_key_file(str(path))
+    except Exception as error:  # for a damaged file SSHException, ValueError, IndexError and AssertionError were seen
+        raise NotSetUp(
+            f"the login key {path} cannot be used: {error or type(error).__name__}",
+            "Restore it, or end its box with `selfhost down` and delete it: `selfhost up` makes another.",
+        ) from error
+
+
+def public_half(path: Path) -> str:
+    """What belongs to our private login key, as in a public key line without a comment. Raises NotSetUp."""
+    key = load_login(path)
+    return f"{key.get_name()} {key.get_base64()}"
+
+
 def connect(endpoint: Endpoint, host_key: str, login_key: Path) -> SshRemote:
-    """Log in as root. Raises NotYet for everything that a box does while it is still coming up.
+    """Log in as root. Raises NotYet for everything that a box does while it is still coming up, NotSetUp for our key.
 
     A host key other than `host_key` hangs up before we authenticate: it may be the image's own sshd, or another
     machine that got the address.
     """
-    transport = None
+    transport, key = None, load_login(login_key)
     try:
         sock = socket.create_connection(endpoint, timeout=CONNECT_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport = paramiko.Transport(sock)
         transport.banner_timeout = CONNECT_S
         transport.auth_timeout = CONNECT_S
-        transport.connect(
-            hostkey=parse_public(host_key),
-            username="root",
-            pkey=paramiko.Ed25519Key.from_private_key_file(str(login_key)),
-        )
+        transport.connect(hostkey=parse_public(host_key), username="root", pkey=key)
         transport.set_keepalive(KEEPALIVE_S)
         return SshRemote(transport)
     except paramiko.AuthenticationException as error:

@@ -15,7 +15,7 @@ import sshtunnel
 
 from selfhost_cli.model import Endpoint
 from selfhost_cli.remote import ConnectionLost, NotYet, Result
-from selfhost_cli.remote.ssh import CONNECT_S, KEEPALIVE_S, SshRemote, parse_public
+from selfhost_cli.remote.ssh import CONNECT_S, KEEPALIVE_S, SshRemote, load_login, parse_public
 
 _quiet = logging.getLogger("selfhost.sshtunnel")
 _quiet.addHandler(logging.NullHandler())
@@ -26,7 +26,11 @@ class Tunnel:
     """127.0.0.1:`port` here is 127.0.0.1:`remote_port` on the box, until `close`."""
 
     def __init__(self, endpoint: Endpoint, host_key: str, login_key: Path, remote_port: int) -> None:
-        """Connect and forward. Raises NotYet when the box cannot be reached or shows another key."""
+        """Connect and forward. Raises NotYet when the box cannot be reached or shows another key.
+
+        NotSetUp when our own key is damaged.
+        """
+        key = load_login(login_key)
         try:
             # sshtunnel hides why a connection failed and has no timeout for connecting: knock first.
             socket.create_connection(endpoint, timeout=CONNECT_S).close()
@@ -34,7 +38,7 @@ class Tunnel:
                 tuple(endpoint),
                 ssh_config_file=None,
                 ssh_username="root",
-                ssh_pkey=paramiko.Ed25519Key.from_private_key_file(str(login_key)),
+                ssh_pkey=key,
                 ssh_host_key=parse_public(host_key),
                 allow_agent=False,
                 host_pkey_directories=[],

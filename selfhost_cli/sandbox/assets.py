@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from selfhost_cli.errors import NotSetUp, SelfhostError
+from selfhost_cli.sandbox import processes
 
 Report = Callable[[str], None]
 
@@ -214,8 +215,8 @@ def install_line(packages: list[str]) -> str:
 def prepare_system(cache: Path, sources: Sources | None = None) -> None:
     """Raise NotSetUp, with the line to run, when this machine lacks a program that the sandbox needs.
 
-    As root it also makes sshd's empty directory for privilege separation (lost at every reboot, normally made by the
-    service's start script): without it no sshd starts, not even on a box of ours.
+    Where boxes cannot have a /run of their own it also makes, as root, sshd's empty directory for privilege separation
+    (lost at every reboot, normally made by the service's start script): without it no sshd starts.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise NotSetUp(
@@ -225,12 +226,12 @@ def prepare_system(cache: Path, sources: Sources | None = None) -> None:
     missing = missing_tools(need_npm=not _claude_ready(cache, sources or default_sources()))
     if missing:
         raise NotSetUp(f"the sandbox needs {', '.join(missing)}", f"run: {install_line(missing)}")
-    if _lacks_privsep():
+    if _lacks_privsep(cache):
         _PRIVSEP.mkdir(mode=0o755, exist_ok=True)
 
 
-def _lacks_privsep() -> bool:
-    return os.geteuid() == 0 and not _PRIVSEP.exists()
+def _lacks_privsep(cache: Path) -> bool:
+    return not processes.privsep_ready() and not processes.can_have_private_mounts(cache)
 
 
 # --- what is there ------------------------------------------------------------------------------------------------
@@ -666,7 +667,7 @@ def _answer(cache: Path | None, only_missing: bool, only_ready: bool) -> int:
         need_npm = not _claude_ready(cache, default_sources())
         sys.stdout.writelines(f"{package}\n" for package in missing_tools(need_npm))
         return 0
-    if only_ready and (not ready(cache) or missing_tools(need_npm=False) or _lacks_privsep()):
+    if only_ready and (not ready(cache) or missing_tools(need_npm=False) or _lacks_privsep(cache)):
         return 1
     if not only_ready:
         prepare_system(cache)

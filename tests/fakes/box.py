@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -95,23 +95,36 @@ class FakeKeeper:
         return "up", ""
 
 
-@contextmanager
-def serving(model: str, context: int, engine: str = "llamacpp", **facts: object) -> Iterator[Front]:
+def healthy(model: str, context: int, engine: str = "llamacpp", **facts: object) -> dict[str, object]:
+    """What the proxy on a box answers to /health; `facts` are what its engine says of itself."""
+    parts = {"proxy": {"status": "healthy"}, engine: {"status": "healthy", **facts}}
+    box = {"status": "healthy", "version": "1", "engine": engine, "model": model, "context": context}
+    return {**box, "components": parts}
+
+
+TOKEN = (200, {"type": "message", "content": [], "usage": {"input_tokens": 5, "output_tokens": 2}})
+
+
+def serving(model: str, context: int, engine: str = "llamacpp", **facts: object) -> AbstractContextManager[Front]:
     """A front with a healthy box behind it that generates one token; `facts` are what its engine says of itself."""
+    return answering(healthy(model, context, engine, **facts))
+
+
+@contextmanager
+def answering(box: object, token: tuple[int, object] = TOKEN) -> Iterator[Front]:
+    """A front whose box says that of its health, and answers a message with this status and body."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            parts = {"proxy": {"status": "healthy"}, engine: {"status": "healthy", **facts}}
-            box = {"status": "healthy", "version": "1", "engine": engine, "model": model, "context": context}
-            self._reply({"status": "healthy", "keeper": {}, "box": {**box, "components": parts}})
+            self._reply(200, {"status": "healthy", "keeper": {}, "box": box})
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            self._reply({"type": "message", "content": [], "usage": {"input_tokens": 5, "output_tokens": 2}})
+            self._reply(*token)
 
-        def _reply(self, body: dict[str, object]) -> None:
-            data = json.dumps(body).encode()
-            self.send_response(200)
+        def _reply(self, status: int, body: object) -> None:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

@@ -12,9 +12,9 @@ from typing import Any
 
 
 class StubFront:
-    """Answers `prove` under `token` and everything else from `answers`, name -> (status, body).
+    """Answers `prove` under `token` and everything else from `answers`, name -> (status, body); GETs under their path.
 
-    `seen` holds (name, authorization header, body) of every request.
+    `seen` holds (name, authorization header, body) of every POST.
     """
 
     def __init__(self, token: str, answers: dict[str, tuple[int, Any]] | None = None) -> None:
@@ -32,6 +32,9 @@ class StubFront:
                     self.reply(200, {"proof": hmac.new(token.encode(), signed, hashlib.sha256).hexdigest()})
                 else:
                     self.reply(*front.answers.get(name, (404, {})))
+
+            def do_GET(self) -> None:
+                self.reply(*front.answers.get(self.path, (404, {})))
 
             def reply(self, status: int, answer: Any) -> None:
                 text = answer if isinstance(answer, bytes) else json.dumps(answer).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import time
 import urllib.request
@@ -15,7 +16,7 @@ import pytest
 from selfhost_cli import payload
 from selfhost_cli.install import InstallSpec, env_file, parse
 from selfhost_cli.model import Event
-from tests.templates.box import Box, Files, all_pids, command_line, eventually, key_pair, wheel
+from tests.templates.box import Box, Files, all_pids, command_line, eventually, key_pair, stub_proxy_zip, wheel
 
 MODEL = os.urandom(1_500_000)
 STEPS = ["tools", "model", "engine", "proxy", "start"]
@@ -269,6 +270,38 @@ def test_apt_is_asked_for_what_is_missing_and_only_then(ready: Box) -> None:
     (ready.tools / "curl").unlink()
     assert install(ready)[0] == 0
     assert calls.read_text() == "update\ninstall -y --no-install-recommends ca-certificates curl\n"
+
+
+def test_run_by_hand_from_a_checkout_it_packs_the_proxy_once_there_is_a_python(box: Box, mirror: Files) -> None:
+    checkout, python = box.path / "checkout", (box.tools / "python3").read_text()
+    box.put_parts()
+    shutil.copytree(box.dir / "bin", checkout / "templates")
+    shutil.rmtree(box.dir / "bin")
+    package = checkout / "selfhost_cli"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "payload.py").write_text(
+        "from pathlib import Path\ndef proxy_zip(): return Path(__file__).with_name('packed').read_bytes()\n"
+    )
+    (checkout / "templates/proxy.zip").rename(package / "packed")
+    (box.tools / "python3").unlink()
+    (box.path / "python3").write_text(python)
+    bring = f"/bin/cp {box.path / 'python3'} {box.tools / 'python3'} && /bin/chmod 755 {box.tools / 'python3'}"
+    box.tool("apt-get", f'#!/bin/sh\n[ "$1" = update ] || {{ {bring}; }}\n')
+    box.tool("id", "#!/bin/sh\necho 0\n")
+    configure(box, mirror)
+    for _ in range(2):
+        done = box.sh(str(checkout / "templates/install.sh"))
+        assert done.returncode == 0, done.stderr
+        assert (box.dir / "bin/proxy.zip").read_bytes() == stub_proxy_zip()
+
+
+def test_an_empty_proxy_is_none(ready: Box, mirror: Files) -> None:
+    (ready.dir / "bin/proxy.zip").write_bytes(b"")
+    code, events, _ = install(ready)
+    assert code == 1
+    assert events[-1].text == "proxy.zip is not in ~/.selfhost/bin: `selfhost up` puts it there"
+    assert mirror.asked == []
 
 
 def test_a_part_that_dies_again_and_again_fails_with_its_last_words(ready: Box) -> None:

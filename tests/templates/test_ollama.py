@@ -514,3 +514,21 @@ def test_an_ollama_of_somebody_else_on_the_port_is_never_taken_for_ours(ollama: 
         other.kill()
     assert (code, events[-1].stage) == (1, "model")
     assert ollama.box.text("run/engine.port") != port
+
+
+def test_an_ollama_that_takes_the_port_while_ours_is_started_again_is_not_taken_for_ours(ollama: Ollama) -> None:
+    install(ollama.box)
+    port = ollama.box.text("run/engine.port")
+    stranger = ollama.box.home / "stranger"
+    stranger.mkdir()
+    # It is there as soon as our server has been stopped.
+    settings = f"HOME={stranger} OLLAMA_MODELS={stranger} OLLAMA_HOST=127.0.0.1:{port}"
+    serve = f"{settings} setsid engine/bin/ollama serve </dev/null >/dev/null 2>&1 3>&- 4>&- 7>&- &"
+    answer = f"until curl -s http://127.0.0.1:{port}/api/version; do sleep 0.05; done"
+    stop = ollama.box.dir / "bin/stop.sh"
+    stop.write_text(f"{stop.read_text()}\n{serve}\n{answer}\n")
+    ollama.offer("library/other:1b", b"other weights")
+    code, events, _ = install(ollama.box, "--model", "other:1b")
+    assert code == 0, events[-1]
+    assert [model["name"] for model in ollama.ask("/api/ps")["models"]] == ["other:1b"]
+    assert ollama.box.text("run/engine.port") != port

@@ -33,8 +33,10 @@ def test_another_address_or_version_is_another_file(tmp_path: Path, other: dict[
     assert archive.recall(path, SEEN.url, SEEN.version) == SEEN
 
 
-@pytest.mark.parametrize("line", ["garbage", "1 2 3 4 5", f"many {'ab' * 32} 0.34.0 url", f"1 {'xy' * 32} 0.34.0 url"])
+@pytest.mark.parametrize(
+    "line", ["garbage", "\xff", "1 2 3 4 5", f"many {'ab' * 32} 0.34.0 url", f"1 {'xy' * 32} 0.34.0 url"]
+)
 def test_a_broken_line_is_named_with_its_file(tmp_path: Path, line: str) -> None:
-    (tmp_path / "archives").write_text(f"{SEEN}\n{line}\n")
+    (tmp_path / "archives").write_text(f"{SEEN}\n{line}\n", encoding="latin-1")
     with pytest.raises(UsageError, match=str(tmp_path / "archives")):
         archive.recall(tmp_path / "archives", SEEN.url, SEEN.version)

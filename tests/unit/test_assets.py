@@ -127,9 +127,9 @@ def make_sources(folder: Path, hub_url: str = NOWHERE, body: bytes = MODEL, says
     )
 
 
-def pretend_claude(cache: Path) -> None:
+def pretend_claude(cache: Path, version: str = "9.9.9") -> None:
     """Claude Code as an earlier run left it, for tests that are about something else."""
-    binary = cache / "claude" / "9.9.9" / "node_modules" / ".bin" / "claude"
+    binary = cache / "claude" / version / "node_modules" / ".bin" / "claude"
     binary.parent.mkdir(parents=True)
     binary.write_text("#!/bin/sh\n")
     binary.chmod(0o755)
@@ -322,6 +322,31 @@ def test_missing_programs_are_told_as_debian_packages(tmp_path: Path, monkeypatc
     assert "curl" not in assets.missing_tools()
     (tmp_path / "curl").unlink()
     assert "curl" in assets.missing_tools()
+
+
+PRIVSEP = """
+import os, shutil, sys
+from pathlib import Path
+from selfhost_cli.sandbox import assets, processes
+here, hidden = Path(sys.argv[1]), Path("/run/cache")  # below /run there are no private mounts: they would hide it
+if not processes.private_mounts(here):
+    sys.exit(77)
+shutil.copytree(here, hidden)
+for cache in (here, hidden):
+    shutil.rmtree("/run/sshd", ignore_errors=True)
+    assets.prepare_system(cache)
+    print(os.path.isdir("/run/sshd"))
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root: nobody else's sshd looks for that directory")
+def test_sshds_directory_is_made_only_where_boxes_cannot_have_a_run_of_their_own(cache: Path) -> None:
+    """With a private /run, so that the machine's stays as it is."""
+    pretend_claude(cache, assets.CLAUDE_VERSION)
+    done = subprocess.run([sys.executable, "-c", PRIVSEP, cache], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("needs private mounts, which this machine does not allow")
+    assert (done.stdout.split(), done.stderr) == (["False", "True"], "")
 
 
 def test_an_sshd_that_is_installed_for_the_sandbox_stays_off() -> None:

@@ -198,8 +198,10 @@ def test_settings_that_say_nothing_or_are_broken_change_nothing(user: Path, text
 
 
 def test_a_home_of_its_own_leaves_the_users_alone(user: Path) -> None:
-    env = launched({"HOME": "/home/me", "CLAUDE_CONFIG_DIR": "/home/me/conf"}, home=user).env
-    assert (env["HOME"], env["CLAUDE_CONFIG_DIR"]) == (str(user), str(user / ".claude"))
+    mine = {"HOME": "/home/me", "CLAUDE_CONFIG_DIR": "/home/me/conf", "CLAUDE_CODE_TMPDIR": "/home/me/tmp"}
+    env = launched(mine, home=user).env
+    assert [env[name] for name in mine] == [str(user), str(user / ".claude"), str(user / "tmp")]
+    assert launched(mine).env.items() >= mine.items()
     assert list(user.iterdir()) == []
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from selfhost_cli import config
 from selfhost_cli.config import Source
-from selfhost_cli.errors import UsageError
+from selfhost_cli.errors import NotSetUp, UsageError
+from selfhost_cli.providers.vast import cli_key
 
 
 @pytest.fixture
@@ -79,6 +80,15 @@ def test_vasts_own_variable_serves_as_the_key(env: dict[str, str]) -> None:
     assert config.load("default", env=env | {"VAST_API_KEY": "a", "SELFHOST_API_KEY": "b"}).api_key == "b"
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", "schlüssel".encode(), b"one\ntwo"])
+def test_a_key_file_of_vasts_own_that_holds_no_key_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / ".config" / "vastai" / "vast_api_key"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(NotSetUp, match=f"{path} does not hold a key"):
+        cli_key({"HOME": str(tmp_path)})
+
+
 def test_a_key_of_the_environment_never_goes_to_a_market_that_a_file_names(env: dict[str, str]) -> None:
     write(env, 'market_url = "http://127.0.0.1:4711/"\napi_key = "the-files-own"\n')
     for name in ("VAST_API_KEY", "SELFHOST_API_KEY"):
@@ -112,11 +122,13 @@ def test_the_installation_id_is_made_once_even_by_many(env: dict[str, str]) -> N
     assert sorted(entry.name for entry in where.config.iterdir()) == ["installation"]
 
 
-def test_a_damaged_installation_id_is_not_replaced(env: dict[str, str]) -> None:
+@pytest.mark.parametrize("content", [b"", b"0123456789ab", b"\xff" * 10, "é".encode() * 10])
+def test_a_damaged_installation_id_is_not_replaced(env: dict[str, str], content: bytes) -> None:
     where = config.paths("default", env)
-    (where.config / "installation").write_text("")
-    with pytest.raises(UsageError, match="installation id"):
+    (where.config / "installation").write_bytes(content)
+    with pytest.raises(UsageError, match="installation does not hold an installation id"):
         config.installation_id(where)
+    assert (where.config / "installation").read_bytes() == content
 
 
 def test_only_a_market_on_this_machine_is_a_sandbox(env: dict[str, str]) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from selfhost_cli.keeper.daemon import outlived
+from selfhost_cli.keeper.deadlines import outlived
 from selfhost_cli.model import Caps
 from tests.fakes.rental import make_rental
 

@@ -24,9 +24,10 @@ from selfhost_cli.errors import (
 )
 from selfhost_cli.ledger import Ledger, LedgerBroken
 from selfhost_cli.lifecycle import Plan, World
+from selfhost_cli.lifecycle.renting import login_key
 from selfhost_cli.lock import ProcessLock
 from selfhost_cli.model import BoxSpec, BoxState, Event, Instance, State
-from selfhost_cli.remote.ssh import make_key
+from selfhost_cli.remote.ssh import make_key, public_half
 from tests.fakes.box import FakeBox, FakeKeeper, serving
 from tests.fakes.clock import FakeClock
 from tests.fakes.market import FakeMarket, make_offer
@@ -88,7 +89,7 @@ def stage(tmp_path: Path, front: Front) -> Iterator[Stage]:
     events: list[Event] = []
     world = World(
         settings=settings, provider=market, ledger=ledger, report=events.append, clock=clock, keeper=keeper,
-        connect=box.connect, make_key=make_key, find_claude=lambda: Path("/bin/claude"),
+        connect=box.connect, make_key=make_key, public_half=public_half, find_claude=lambda: Path("/bin/claude"),
         find_model=lambda: 700_000_000,
     )  # fmt: skip
     yield Stage(world, market, box, keeper, clock, events)
@@ -125,6 +126,7 @@ def test_a_keeper_that_does_not_watch_stops_the_paid_call(stage: Stage) -> None:
         stage.up()
     assert stage.market.creates == 0
     assert stage.ledger.live() == []
+    assert stage.ledger.all()[0].reason == "not sent: the keeper does not watch the new rental"
 
 
 def test_no_secret_of_ours_is_in_what_the_host_can_see(stage: Stage) -> None:
@@ -162,7 +164,12 @@ def test_an_offer_that_is_gone_leads_to_the_next(stage: Stage) -> None:
     stage.market.gone = 2
     assert lifecycle.up(stage.world, lambda plan: True).machine_id == 3
     assert stage.billed == 1
-    assert [rental.state for rental in stage.ledger.all()] == [State.ENDED, State.ENDED, State.READY]
+    first, second, third = stage.ledger.all()
+    assert [rental.state for rental in (first, second, third)] == [State.ENDED, State.ENDED, State.READY]
+    assert [text for _, _, text in stage.ledger.events(first.label)] == [
+        "creating",
+        "ended refused: offer 1001 is gone",
+    ]
 
 
 def test_a_lost_answer_that_took_effect_is_adopted_and_never_paid_twice(stage: Stage) -> None:
@@ -179,6 +186,7 @@ def test_a_lost_answer_without_effect_is_waited_out_longer_than_the_listing_lags
         stage.up()
     assert stage.clock.time() - before >= 60
     assert stage.ledger.live() == []
+    assert stage.ledger.all()[0].reason == "the answer was lost, and no box came of it"
 
 
 def interrupt_once(stage: Stage, verb: str) -> None:
@@ -267,7 +275,7 @@ def test_a_box_that_never_lets_us_in_is_destroyed_at_the_deadline(stage: Stage) 
 
 def test_up_resumes_the_box_of_an_up_that_was_killed(stage: Stage) -> None:
     offer = make_offer(1)
-    rental = make_rental(f"{stage.world.prefix}a", sent_at=stage.clock.time())
+    rental = make_rental(f"{stage.world.prefix}a", sent_at=stage.clock.time(), disk_gb=30.0)
     stage.ledger.intend(rental)
     spec = BoxSpec(rental.label, "image", 30.0, "", {})
     stage.ledger.advance(rental, State.BOOTING, instance_id=stage.market.create(offer, spec))
@@ -485,6 +493,45 @@ def test_a_missing_claude_is_found_before_money_is_spent(stage: Stage) -> None:
     assert lifecycle.up(world, lambda plan: True, needs_claude=False).state is State.READY
 
 
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 99, "a part of it"])
+def test_a_damaged_login_key_is_found_before_money_is_spent(stage: Stage, content: bytes | str) -> None:
+    path, _ = login_key(stage.world)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] if isinstance(content, str) else content)
+    with pytest.raises(NotSetUp, match=f"the login key {path} cannot be used"):
+        stage.up()
+    assert stage.market.creates == 0
+    path.write_bytes(whole)
+    assert lifecycle.up(stage.world, lambda plan: True).state is State.READY
+
+
+@pytest.mark.parametrize("line", [b"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me", b"ssh-ed25519", b"\xff\xfe", b""])
+def test_a_public_half_of_another_key_is_found_before_money_is_spent_and_made_again_when_deleted(
+    stage: Stage, line: bytes
+) -> None:
+    path, right = login_key(stage.world)
+    public = path.with_suffix(".pub")
+    public.write_bytes(line)
+    with pytest.raises(NotSetUp, match=f"{public} does not belong to the login key") as caught:
+        stage.up()
+    assert "Delete it" in caught.value.remedy
+    assert stage.market.creates == 0
+    public.unlink()
+    assert login_key(stage.world) == (path, right)
+
+
+def test_a_login_key_that_is_damaged_while_the_box_boots_is_not_the_machines_fault(stage: Stage) -> None:
+    def before(verb: str) -> None:
+        if verb == "attach_key":
+            raise NotSetUp("the login key cannot be used")
+
+    stage.market.before = before
+    with pytest.raises(NotSetUp):
+        stage.up()
+    assert stage.billed == 0
+    assert stage.ledger.all()[0].blameless
+
+
 def lose_the_ledger(stage: Stage) -> None:
     """From now on every write fails, as on a full disk."""
     stage.ledger._db.execute("PRAGMA query_only = 1")
@@ -582,16 +629,54 @@ def test_an_install_that_talks_for_ever_is_ended_at_its_deadline(stage: Stage) -
     assert stage.billed == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("model", "other"), ("gpu", "RTX 5090"), ("max_spend", 0.5), ("context", 4096), ("hours", 1.0)]
-)
-def test_an_option_that_the_box_at_hand_cannot_fulfil_is_an_error(stage: Stage, name: str, value: object) -> None:
-    stage.up()
+def wish(stage: Stage, name: str, value: object) -> World:
+    """The same world, with one more flag on the command line."""
     settings = stage.world.settings
     wished = replace(settings, **{name: value}, sources={**settings.sources, name: Source.FLAG})  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}"):
-        lifecycle.up(replace(stage.world, settings=wished), lambda plan: True)
+    return replace(stage.world, settings=wished)
+
+
+UNFULFILLABLE = [
+    ("gpu", "RTX 5090", "RTX 4090"),
+    ("region", "Mars", "in Quebec, CA"),
+    ("max_price", 0.25, "$0.320/h"),
+    ("model", "other", MODEL),
+    ("context", 4096, "32768 tokens"),
+    ("engine", "ollama", "llamacpp"),
+    ("disk", 31.0, "30.0 GB of disk"),
+    ("hours", 1.0, "8 h"),
+    ("max_spend", 0.5, "$5"),
+    ("idle", 5.0, "45 minutes"),
+    ("port", 9, "port "),
+    ("unguarded", True, "the watchdog"),
+]
+
+
+def test_every_option_of_up_is_compared_with_what_is_up() -> None:
+    assert {name for name, _, _ in UNFULFILLABLE} == set(config.FLAGS) - {"api_key"}
+
+
+@pytest.mark.parametrize(("name", "value", "what"), UNFULFILLABLE)
+def test_an_option_that_the_box_at_hand_cannot_fulfil_is_an_error(
+    stage: Stage, name: str, value: object, what: str
+) -> None:
+    stage.up()
+    world = wish(stage, name, value)
+    with pytest.raises(UsageError, match=rf"box 5001 .* is up already; --{name.replace('_', '-')} ") as caught:
+        lifecycle.up(world, lambda plan: True)
+    assert what in caught.value.message
+    assert "`selfhost down` first" in caught.value.remedy
     assert stage.billed == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("region", "quebec"), ("max_price", 0.32), ("disk", 30.0), ("hours", 8.0), ("idle", 45.0), ("port", None)],
+)
+def test_an_option_that_the_box_at_hand_fulfils_is_none(stage: Stage, name: str, value: object) -> None:
+    rental = stage.up()
+    value = stage.keeper.front.port if name == "port" else value
+    assert lifecycle.up(wish(stage, name, value), lambda plan: True) == rental
 
 
 def test_a_machine_whose_box_never_got_ready_is_avoided_the_next_time(stage: Stage) -> None:
