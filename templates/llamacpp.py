@@ -121,6 +121,9 @@ def serve(args: argparse.Namespace, template: str) -> tuple[Any, int]:
     params.endpoint_metrics = params.endpoint_slots = params.endpoint_props = True
     params.ui, params.cors_origins = False, "http://127.0.0.1"
     params.cache_ram_mib = 1024
+    # Slots that are chosen by similarity are written over without a copy when most of a prompt stays: the end of
+    # another conversation, which will come back (b11549).
+    params.slot_prompt_similarity = 0.0
     if (os.cpu_count() or 1) <= 2:
         # two decoding threads lose two thirds of their speed when anything else wants one of two cores
         params.cpuparams.n_threads, params.cpuparams_batch.n_threads = 1, 2

@@ -46,6 +46,10 @@ class EngineDown(ProxyError):
         super().__init__(529, OVERLOADED, message, retry_after=retry_after)
 
 
+class EngineLoading(EngineDown):
+    """The engine is up and loads its model: all that it takes is to wait."""
+
+
 class EngineBroke(ProxyError):
     """The engine took the request and did not finish the answer."""
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import io
-import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,9 +15,10 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from selfhost_cli.proxy import sse
+from selfhost_cli.proxy.codec import decode
 from selfhost_cli.proxy.contract import Json, load
 from selfhost_cli.proxy.errors import API_ERROR, OVERLOADED, error_object, invalid, not_found, overloaded
-from selfhost_cli.proxy.web import PUBLIC, application, read_body, request_class, trace
+from selfhost_cli.proxy.web import PUBLIC, application, read_body, request_class, trace, upload
 
 PROVE = "/selfhost/prove"
 RETRY_AFTER = 5
@@ -239,6 +238,10 @@ class _Relayed:
         await response.write(sse.encode(event))
 
 
+_TELLING = re.compile(rb"^event: ?(message_|error)", re.MULTILINE)
+"""Most events of a long answer are none of these, and need not be taken apart."""
+
+
 class _Meter:
     """Reads along: usage, and whether a stream has come to its end."""
 
@@ -246,7 +249,6 @@ class _Meter:
         self.streaming = streaming
         self.started = False
         self._ended = False
-        self._parser = sse.Parser()
         self._held = b""
         self._usage: Json = {}
         self._json = bytearray()
@@ -261,7 +263,16 @@ class _Meter:
             if len(self._json) < MAX_JSON:
                 self._json += chunk
             return chunk
-        for event in self._parser.feed(chunk):
+        held = self._held + chunk
+        end = max(held.rfind(b"\n\n") + 2, held.rfind(b"\n\r\n") + 3)
+        cut = end if end > 2 else 0
+        whole, self._held = held[:cut], held[cut:]
+        if _TELLING.search(whole):
+            self._note(whole)
+        return whole
+
+    def _note(self, events: bytes) -> None:
+        for event in sse.Parser().feed(events):
             match event.name:
                 case "message_start":
                     self.started = True
@@ -269,11 +280,6 @@ class _Meter:
                     self._usage = _usage(event.data)
                 case "message_stop" | "error":
                     self._ended = True
-        held = self._held + chunk
-        end = max(held.rfind(b"\n\n") + 2, held.rfind(b"\n\r\n") + 3)
-        cut = end if end > 2 else 0
-        self._held = held[cut:]
-        return held[:cut]
 
     def usage(self) -> Json:
         return self._usage if self.streaming else _usage(bytes(self._json))
@@ -294,8 +300,9 @@ async def _send(
     session: aiohttp.ClientSession, http: web.Request, body: bytes, target: Upstream
 ) -> aiohttp.ClientResponse:
     url = URL(target.url + http.raw_path, encoded=True)
-    data = io.BytesIO(body) if body else None
-    return await session.request(http.method, url, data=data, headers=_headers(http, target), allow_redirects=False)
+    return await session.request(
+        http.method, url, data=upload(body), headers=_headers(http, target), allow_redirects=False
+    )
 
 
 def _headers(http: web.Request, target: Upstream) -> CIMultiDict[str]:
@@ -310,7 +317,7 @@ def _headers(http: web.Request, target: Upstream) -> CIMultiDict[str]:
 
 def _usage(data: str | bytes) -> Json:
     try:
-        message: Any = json.loads(data)
+        message: Any = decode(data)
     except ValueError:
         return {}
     usage = message.get("usage") if isinstance(message, dict) else None

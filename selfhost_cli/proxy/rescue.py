@@ -8,14 +8,14 @@ tells a call from an explanation of one, and costs no time, because a model stop
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from selfhost_cli.proxy.contract import Json
 from selfhost_cli.proxy.engines import AnswerEvent, Done, Text, Thinking, ToolCall, ToolInput
+from selfhost_cli.proxy.fit import Misfit, fitting, parse, properties, shut_out
 
 MAX_HELD = 2**20
 """Characters that are held back at most; a call that is longer is given up as text."""
@@ -29,10 +29,18 @@ Call = tuple[str, str]
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _REST_OF_LINE = re.compile(r"[ \t\r]*")
-_KEY_END = re.compile(r"[>\s<]")
-_VALUE_END = re.compile(r"</parameter>|</function>|</tool_call>|<parameter=|<function=|<tool_call>")
+_KEY_END = re.compile(r"[>\s<=]")
+_MARKERS = "</parameter>|</function>|</tool_call>|<parameter=|<function=|<tool_call>"
+_VALUE_END = re.compile(_MARKERS)
+_QUOTED_END = re.compile(r'["\\]')
+_ATTRIBUTE = re.compile(r'\s*([^\s<>="]+)\s*=\s*(?:"([^"\\]*)"\s*(?:/?>\s*)?|(\w+)\s*)')
+_ECHOES = {
+    f"<{word}>": re.compile(f"</{word}>|{_MARKERS}")
+    for word in ("parameter", "required", "description", "type", "additionalProperties")
+}
+"""Up to where they go: elements that declare a tool in a prompt, and that a model repeats inside its call."""
 _BROKEN_TAG = re.compile(r"</?[a-z_]*=?\Z")
-_LONGEST_TAG = len("</parameter>")
+_LONGEST_TAG = len("</additionalProperties>")
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})(.*)")
 _NO_BRACKETS = re.compile(r'[^"{}\[\]]*')
 _STRING_PART = re.compile(r'(?:[^"\\]+|\\.)*', re.DOTALL)
@@ -135,6 +143,17 @@ def _text(text: str) -> Iterator[Text]:
         yield Text(text)
 
 
+def _begun(*words: str) -> str:
+    """A pattern: one of the words, or as much of one as the text has room for."""
+    begun = sorted({word[:length] for word in words for length in range(len(word))})
+    return "|".join([*map(re.escape, words), *(re.escape(start) + r"\Z" for start in begun)])
+
+
+_KEYS = ('"name"', '"arguments"', '"parameters"', '"input"')
+_JSON_OR_FENCE = re.compile(rf"[ \t]*+(\{{[ \t\r\n]*+(?:{_begun(*_KEYS)})|`(?:{_begun('``')}))")
+_TAG_OR_LINE_END = re.compile(rf"\n|<(?:{_begun('tool_call>', 'function=')})")
+
+
 class _Prose:
     """Where in its Markdown the text is: at the start of a line, inside a fence."""
 
@@ -148,15 +167,13 @@ class _Prose:
 
     def before_a_call(self, text: str, begin: int) -> int:
         """Up to where, at most to the end of the line, no call can begin; `begin` when one can there."""
-        end = text.find("\n", begin) + 1 or len(text)
         if self._fence:
-            return end
-        line = text[begin:end]
-        blanks = len(line) - len(line.lstrip(" \t"))
-        if self.at_line_start and line[blanks : blanks + 1] in ("{", "`"):
-            return begin + blanks
-        found = line.find("<")
-        return end if found < 0 else begin + found
+            return text.find("\n", begin) + 1 or len(text)
+        if self.at_line_start and (found := _JSON_OR_FENCE.match(text, begin)):
+            return found.start(1)
+        if not (found := _TAG_OR_LINE_END.search(text, begin)):
+            return len(text)
+        return found.end() if found[0] == "\n" else found.start()
 
     def add(self, text: str) -> str:
         """Gives it back."""
@@ -234,11 +251,13 @@ class _Attempt:
         calls: list[Call] = []
         opened = False
         while True:
-            match (yield from self._literal("<tool_call>", "</tool_call>", "<function=", "{", "```")):
+            # the model leaves out the opening tag more often than the closing one
+            closing = ("</tool_call>",) if calls and not opened else ()
+            match (yield from self._literal("<tool_call>", "<function=", "{", "```", *closing)):
                 case "<tool_call>":
                     opened = True
-                case "</tool_call>" if calls and not opened:
-                    pass  # the model leaves out the opening tag more often than the closing one
+                case "</tool_call>":
+                    pass
                 case "<function=":
                     calls.append((yield from self._function(own_line=self._own_line or opened or bool(calls))))
                     opened = False
@@ -261,16 +280,21 @@ class _Attempt:
             yield from self._expect("\n")
         schema = self._schemas[name]
         given: Json = {}
+        echoed: list[str] = []
         while True:
             yield from self._blanks()
-            match (yield from self._next("<parameter=", "</function>", "</tool_call>", "<function=", "<tool_call>")):
+            tags = ("<parameter=", "</function>", "</tool_call>", "<function=", "<tool_call>", *_ECHOES)
+            match (yield from self._next(*tags)):
                 case "<parameter=" as tag:
                     self._take(len(tag))
-                    key = yield from self._until(_KEY_END, 1)
-                    if key in given or _shut_out(key, schema):
-                        raise _NotACall
-                    yield from self._expect(">")
+                    key = _new((yield from self._until(_KEY_END, 1)), given, schema)
                     given[key] = yield from self._parameter()
+                case tag if tag in _ECHOES:
+                    inside = yield from self._element(tag)
+                    if tag == "<parameter>" and (found := _ATTRIBUTE.fullmatch(inside)):
+                        given[_new(found[1], given, schema)] = found[2] or found[3] or ""
+                    else:
+                        echoed.append(tag + inside)
                 case "</function>" as tag:
                     self._take(len(tag))
                     break
@@ -280,9 +304,20 @@ class _Attempt:
                     break
                 case _:
                     break
+        if _names_more(echoed, given, schema):
+            raise _NotACall
         return name, _fitting(given, schema)
 
+    def _element(self, tag: str) -> Reading[str]:
+        """What is in it."""
+        self._take(len(tag))
+        inside = yield from self._until(_ECHOES[tag], _LONGEST_TAG)
+        yield from self._expect(f"</{tag[1:]}")
+        return inside
+
     def _parameter(self) -> Reading[str]:
+        if (yield from self._expect(">", "=")) == "=":
+            return (yield from self._quoted())
         value = yield from self._until(_VALUE_END, _LONGEST_TAG)
         if not (yield from self._literal("</parameter>")):
             if not self._left and _BROKEN_TAG.search(value):
@@ -290,6 +325,17 @@ class _Attempt:
             value = value.lstrip(" ")
         # the format has the value on lines of its own; more blanks than that are the value's
         return re.sub(r"\A\r?\n|\r?\n\Z", "", value)
+
+    def _quoted(self) -> Reading[str]:
+        """A value that stands in its tag. A backslash there has two meanings."""
+        yield from self._expect('"')
+        value = yield from self._until(_QUOTED_END, 1)
+        yield from self._expect('"')
+        yield from self._blanks()
+        yield from self._expect(">", "/>")
+        yield from self._blanks()
+        yield from self._literal("</parameter>")
+        return value
 
     def _fenced(self) -> Reading[list[Call]]:
         yield from self._literal("json", "JSON", "tool_call")
@@ -328,7 +374,7 @@ class _Attempt:
                 break
         if name is None or raw is None:
             raise _NotACall
-        return name, _fitting(_json(raw), self._schemas[name])
+        return name, _fitting(_parsed(raw), self._schemas[name])
 
     def _value(self) -> Reading[str]:
         """A JSON object, or a string that may have one in it; only its end is looked for."""
@@ -432,139 +478,26 @@ class _Attempt:
 def _fitting(given: Any, schema: Any) -> str:
     """The arguments as JSON, in the types that the schema wants. Raises _NotACall."""
     try:
-        fitted = _Fit(schema).fit(_typed(given, ["object"], coerce=True), schema)
-        if isinstance(fitted, dict):
-            return json.dumps(fitted)
-    except RecursionError:
-        pass  # nested deeper than anything that is meant
-    raise _NotACall
-
-
-def _shut_out(key: str, schema: Any) -> bool:
-    """The schema knows no such key, and wants no others."""
-    if not isinstance(schema, dict) or schema.get("additionalProperties") is not False or "patternProperties" in schema:
-        return False
-    return key not in _object(schema.get("properties"))
-
-
-class _Fit:
-    """One schema, with its definitions. What it does not know of JSON Schema it lets pass: the client checks again."""
-
-    def __init__(self, root: Any) -> None:
-        self._root = root
-
-    def fit(self, value: Any, schema: Any, *, coerce: bool = True) -> Any:
-        """The value in the type that is wanted: text may be the JSON of one. Raises _NotACall."""
-        if not isinstance(schema, dict):
-            return _refuse() if schema is False else value
-        if isinstance(reference := schema.get("$ref"), str):
-            value = self.fit(value, self._definition(reference), coerce=coerce)
-        for part in _array(schema.get("allOf")):
-            value = self.fit(value, part, coerce=coerce)
-        for choice in ("anyOf", "oneOf"):
-            if options := _array(schema.get(choice)):
-                value = self._one_of(value, options, coerce=coerce)
-        if types := [kind for kind in _array(schema.get("type")) if isinstance(kind, str) and kind in _IS]:
-            value = _typed(value, types, coerce=coerce)
-        allowed = [schema["const"]] if "const" in schema else _array(schema.get("enum"))
-        if allowed:
-            value = _listed(value, allowed, coerce=coerce and not types)
-        if isinstance(value, dict):
-            return self._object(value, schema, coerce=coerce)
-        if isinstance(value, list) and "items" in schema:
-            return [self.fit(item, schema["items"], coerce=coerce) for item in value]
-        return value
-
-    def _object(self, value: Json, schema: Json, *, coerce: bool) -> Json:
-        properties = _object(schema.get("properties"))
-        others = None if "patternProperties" in schema else schema.get("additionalProperties")
-        if any(key not in value for key in _array(schema.get("required")) if isinstance(key, str)):
-            _refuse()
-        return {key: self.fit(part, properties.get(key, others), coerce=coerce) for key, part in value.items()}
-
-    def _one_of(self, value: Any, options: list[Any], *, coerce: bool) -> Any:
-        """As it is, when one of them takes it so: a text that may stay text does."""
-        for coerced in (False, True) if coerce else (False,):
-            for option in options:
-                try:
-                    return self.fit(value, option, coerce=coerced)
-                except _NotACall:
-                    continue
-        return _refuse()
-
-    def _definition(self, reference: str) -> Any:
-        found = self._root
-        for step in reference.removeprefix("#").split("/")[1:]:
-            found = _object(found).get(step.replace("~1", "/").replace("~0", "~"), False)
-        return found
-
-
-_IS: dict[Any, Callable[[Any], bool]] = {
-    "string": lambda value: isinstance(value, str),
-    "boolean": lambda value: isinstance(value, bool),
-    "integer": lambda value: _number(value) and value == int(value),
-    "number": lambda value: _number(value),
-    "null": lambda value: value is None,
-    "object": lambda value: isinstance(value, dict),
-    "array": lambda value: isinstance(value, list),
-}
-_WORDS: Json = {"true": True, "false": False, "null": None, "none": None}
-
-
-def _typed(value: Any, types: list[Any], *, coerce: bool) -> Any:
-    if not any(_IS[kind](value) for kind in types) and coerce:
-        value = _from_text(value)
-    for kind in types:
-        if _IS[kind](value):
-            return int(value) if kind == "integer" else value
-    return _refuse()
-
-
-def _listed(value: Any, allowed: list[Any], *, coerce: bool) -> Any:
-    # by their JSON, because to Python true is 1
-    listed = {json.dumps(one, sort_keys=True) for one in allowed}
-    if json.dumps(value, sort_keys=True) not in listed:
-        return _listed(_from_text(value), allowed, coerce=False) if coerce else _refuse()
-    return value
-
-
-def _from_text(value: Any) -> Any:
-    """What the text says: JSON, or a word as Python writes it, because chat templates print it so."""
-    if not isinstance(value, str):
-        return value
-    word = value.strip().lower()
-    return _WORDS[word] if word in _WORDS else _json(value)
-
-
-def _json(text: str) -> Any:
-    """Line breaks in strings are forgiven. Raises _NotACall, also for what has two meanings."""
-    try:
-        return json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
+        return json.dumps(fitting(given, schema))
+    except Misfit as error:
         raise _NotACall from error
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> Json:
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else _refuse()
+def _parsed(text: str) -> Any:
+    try:
+        return parse(text)
+    except Misfit as error:
+        raise _NotACall from error
 
 
-def _finite(digits: str) -> float:
-    return found if math.isfinite(found := float(digits)) else _refuse()
+def _new(key: str, given: Json, schema: Any) -> str:
+    """Raises _NotACall for one that has no place in the call."""
+    if key in given or shut_out(key, schema):
+        raise _NotACall
+    return key
 
 
-def _refuse(_: object = None) -> NoReturn:
-    raise _NotACall
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _object(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def _array(value: Any) -> list[Any]:
-    """A lone type stands for a list of it."""
-    return value if isinstance(value, list) else [value] if isinstance(value, str) else []
+def _names_more(echoed: list[str], given: Json, schema: Any) -> bool:
+    """They may hold an argument that the call does not have."""
+    missing = properties(schema).keys() - given
+    return any(re.search(rf"(?<![\w-]){re.escape(key)}(?![\w-])", text) for text in echoed for key in missing)

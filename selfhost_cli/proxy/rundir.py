@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 
 from selfhost_cli.proxy.errors import EngineDown
@@ -16,13 +17,22 @@ UNREAD = 2**17
 class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._engine: tuple[tuple[int, int], str] | None = None
 
     def engine_url(self) -> str:
         """Raises EngineDown while the engine has not written its port."""
-        port = self._port("engine.port")
-        if port is None:
-            raise EngineDown("the engine is still starting")
-        return f"http://{HOST}:{port}"
+        try:
+            stat = os.stat(self.path / "engine.port")
+        except OSError:
+            raise EngineDown("the engine is still starting") from None
+        written = stat.st_ino, stat.st_mtime_ns
+        # asked for at every request: a look at the file is cheaper than reading it
+        if self._engine is None or self._engine[0] != written:
+            port = self._port("engine.port")
+            if port is None:
+                raise EngineDown("the engine is still starting")
+            self._engine = written, f"http://{HOST}:{port}"
+        return self._engine[1]
 
     def touch_activity(self) -> None:
         """A client is being served now: the watchdog counts idleness from here."""
@@ -33,6 +43,16 @@ class RunDir:
         ready = self.path / "ready"
         if not ready.exists():
             ready.touch()
+
+    def watched(self) -> dict[str, float] | None:
+        """What the watchdog measured at its last look, `age_s` ago: seconds and dollars. None before the first."""
+        path = self.path / "watch"
+        try:
+            up, lease, idle, dollars = map(float, path.read_text().split()[1:5])
+            age = round(time.time() - path.stat().st_mtime, 1)
+        except (OSError, ValueError):
+            return None
+        return {"age_s": age, "up_s": up, "lease_s": lease, "idle_s": idle, "dollars": dollars}
 
     def listen(self, preferred: int) -> socket.socket:
         """Bind the port of last time, the preferred one or the next that is free, and write it down."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 from aiohttp import web
 
@@ -14,14 +16,16 @@ from selfhost_cli.proxy import contract
 from selfhost_cli.proxy.admission import Admission
 from selfhost_cli.proxy.answer import Narrator, collect
 from selfhost_cli.proxy.contract import Json, Request
-from selfhost_cli.proxy.engines import Done, Engine, Health, Prompt
+from selfhost_cli.proxy.engines import AnswerEvent, Done, Engine, Health, Prompt
 from selfhost_cli.proxy.errors import (
     OVERLOADED,
     EngineBroke,
+    EngineLoading,
     ProxyError,
     not_found,
     too_long,
 )
+from selfhost_cli.proxy.form import Form, in_words
 from selfhost_cli.proxy.length import Length, Lengths
 from selfhost_cli.proxy.metrics import CONTENT_TYPE, Metrics
 from selfhost_cli.proxy.rescue import Rescue
@@ -40,6 +44,9 @@ from selfhost_cli.proxy.web import (
 ENGINE_ANSWER_S = 5.0
 """For /health: less than whoever asks waits for us."""
 
+LOADING_S = 900.0
+"""So long may a model load behind pings."""
+
 log = logging.getLogger("selfhost.proxy")
 
 
@@ -54,6 +61,15 @@ class Settings:
     ping_every: float = PING_EVERY
     touch_every: float = 4.0
     ready_every: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request on its way. `form`: what its answer is checked for here, because the engine does not see to it."""
+
+    request: Request
+    length: Length
+    form: Form | None
 
 
 def build_server(settings: Settings, engine: Engine, run: RunDir) -> web.Application:
@@ -122,6 +138,7 @@ class _EngineSide:
             "context": health.context or None,
             "components": {"proxy": {"status": "healthy"}, self._engine.name: engine},
             "usage": self._usage,
+            "watchdog": self._run.watched(),
         }
         return web.json_response(body, status=200 if up else 503)
 
@@ -131,26 +148,38 @@ class _EngineSide:
     async def _count(self, http: web.Request) -> web.Response:
         trace().cls = "probe" if is_probe(http) else "count"
         body = await read_body(http)
-        request = contract.parse(body)
-        tokens = await self._engine.count(request)
+        asked = self._asked(body)
+        tokens = await self._engine.count(asked.request)
         if tokens is not None:
             return web.json_response({"input_tokens": tokens})
         # Claude Code shows it in /context; a 404 would leave that empty.
-        return web.json_response({"input_tokens": self._lengths.of(request, len(body)).estimate, "estimated": True})
+        return web.json_response({"input_tokens": asked.length.estimate, "estimated": True})
 
     async def _messages(self, http: web.Request) -> web.StreamResponse:
         trace().cls = request_class(http)
         with self._serving(probe=is_probe(http)):
             body = await read_body(http)
-            request = contract.parse(body)
-            length = self._lengths.of(request, len(body))
-            trace().notes = request.notes
+            asked = self._asked(body)
+            trace().notes = asked.request.notes
             with self._admission.place():
-                await self._check_length(request, length)
+                try:
+                    await self._check_length(asked)
+                except EngineLoading:
+                    if not asked.request.stream:
+                        raise
+                    # it waits behind pings, and its length is looked at when that is possible
                 self._usage["requests"] += 1
-                if request.stream:
-                    return await self._stream(http, request, length)
-                return await self._whole(request, length)
+                if asked.request.stream:
+                    return await self._stream(http, asked)
+                return await self._whole(asked)
+
+    def _asked(self, body: bytes) -> _Asked:
+        """A form that the engine does not see to is asked for in words; what follows a prefill has none by itself."""
+        request, form = contract.parse(body), None
+        schema = request.schema
+        if schema is not None and not request.prefill and not self._engine.forms(request):
+            request, form = in_words(request), Form(schema)
+        return _Asked(request, self._lengths.of(request, len(body)), form)
 
     @contextmanager
     def _serving(self, *, probe: bool) -> Iterator[None]:
@@ -166,23 +195,23 @@ class _EngineSide:
             self._clients -= 1
             self._run.touch_activity()
 
-    async def _check_length(self, request: Request, length: Length) -> None:
+    async def _check_length(self, asked: _Asked) -> None:
         """Before the 200, so that it is a real status, and so is an engine that is down."""
-        limit = length.limit = await self._engine.context()
-        if length.fits(limit):
+        limit = asked.length.limit = await self._engine.context()
+        if asked.length.fits(limit):
             return
-        tokens = await self._engine.count(request)
+        tokens = await self._engine.count(asked.request)
         if tokens is None:
             return  # it refuses by itself what does not fit
-        length.learn(tokens)
+        asked.length.learn(tokens)
         if tokens > limit:
             raise too_long(tokens, limit)
 
-    async def _stream(self, http: web.Request, request: Request, length: Length) -> web.StreamResponse:
+    async def _stream(self, http: web.Request, asked: _Asked) -> web.StreamResponse:
         narrator = Narrator(self._settings.model)
         async with EventStream(http, self._settings.ping_every) as stream:
             try:
-                async with aclosing(self._answer(request, length, narrator)) as answer:
+                async with aclosing(self._answer(asked, narrator)) as answer:
                     async for event in answer:
                         await stream.send(event)
             except ProxyError as error:
@@ -197,37 +226,58 @@ class _EngineSide:
                 await stream.send(_event_of(EngineBroke("the proxy failed; its log says why"), narrator))
         return stream.response
 
-    async def _whole(self, request: Request, length: Length) -> web.Response:
+    async def _whole(self, asked: _Asked) -> web.Response:
         narrator = Narrator(self._settings.model)
-        message = collect([event async for event in self._answer(request, length, narrator)])
+        message = collect([event async for event in self._answer(asked, narrator)])
         return web.json_response(message, headers={"request-id": trace().id})
 
-    async def _answer(self, request: Request, length: Length, narrator: Narrator) -> AsyncGenerator[Json]:
+    async def _answer(self, asked: _Asked, narrator: Narrator) -> AsyncGenerator[Json]:
         """Wait for a slot and tell what the engine says. Leaving it early cancels the generation."""
+        request = asked.request
         stops = bool(request.sampling.get("stop_sequences"))
         rescue = Rescue([*request.tools, *request.deferred.values()], stops=stops)
+        traced = trace()
         try:
-            trace().mark("queued")
-            async with self._admission.turn(auxiliary=trace().cls == AUXILIARY):
-                trace().mark("turn")
-                async with aclosing(self._engine.messages(request)) as events:
+            traced.mark("queued")
+            async with self._admission.turn(auxiliary=traced.cls == AUXILIARY):
+                traced.mark("turn")
+                async with aclosing(self._generated(asked)) as events:
                     async for event in events:
                         if not isinstance(event, Prompt):
-                            trace().mark("heard")
+                            traced.mark("heard")
                         if isinstance(event, Done):
-                            trace().mark("done")
-                        for told in (told for kept in rescue.feed(event) for told in narrator.tell(kept)):
-                            trace().mark_first()
+                            traced.mark("done")
+                        kept = rescue.feed(event)
+                        if asked.form:
+                            kept = chain.from_iterable(map(asked.form.feed, kept))
+                        for told in (told for one in kept for told in narrator.tell(one)):
+                            traced.mark_first()
                             yield told
                         if isinstance(event, Done):
                             break
             if not narrator.finished:
                 raise EngineBroke("the engine stopped in the middle of the answer")
-            length.learn(narrator.prompt.total)
+            asked.length.learn(narrator.prompt.total)
         finally:
             self._usage["repaired_calls"] += rescue.repaired
-            trace().repaired = rescue.repaired
+            traced.repaired = rescue.repaired
             self._record(narrator)
+
+    async def _generated(self, asked: _Asked) -> AsyncGenerator[AnswerEvent]:
+        """What the engine says. A stream waits while the model loads: refused, Claude Code gives up after 80 s."""
+        deadline = time.monotonic() + LOADING_S
+        while True:
+            try:
+                if not asked.length.limit:
+                    await self._check_length(asked)
+                async with aclosing(self._engine.messages(asked.request)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except EngineLoading:
+                if not asked.request.stream or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(self._settings.ready_every)
 
     def _record(self, narrator: Narrator) -> None:
         trace().input_tokens, trace().cached_tokens = narrator.prompt.total, narrator.prompt.cached

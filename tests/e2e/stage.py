@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selfhost_cli import config
+from selfhost_cli import claude, config
 from selfhost_cli.config import Paths
 from selfhost_cli.lock import ProcessLock
 from selfhost_cli.sandbox import assets, demo
 from selfhost_cli.sandbox.demo import Market
+from tests.proxy.kit import TOKEN
 from tests.waiting import until
 
 DEADLINE_S = 100.0
@@ -101,7 +104,8 @@ class Stage:
 
     def close(self) -> None:
         """End everything; asserts that no test leaves a billed box behind."""
-        billed = self.billed if self.market.alive() else 0
+        lives = self.market.alive()
+        billed = self.billed if lives else 0
         for process in self.started:
             if process.poll() is None:
                 process.kill()
@@ -111,6 +115,7 @@ class Stage:
             self.wait_for_keeper_to_end()
         self.market.shut_down()
         until(lambda: not self.market.alive())
+        assert lives, "the market ended before the test did, with what it may have billed"
         assert billed == 0, "the test left a billed box"
 
 
@@ -124,3 +129,29 @@ class Answer:
     @property
     def json(self) -> Any:
         return json.loads(self.out)
+
+
+@asynccontextmanager
+async def talking(binary: Path, url: str, folder: Path, *words: str) -> AsyncIterator[asyncio.Task[str]]:
+    """The real Claude Code in that folder, launched for that server; the task gives what it prints."""
+    home = folder.parent / "claude-home"
+    home.mkdir(exist_ok=True)
+    env = {"PATH": os.defpath}
+    launch = claude.launch(binary, words, url=url, token=TOKEN, model="tiny", context=demo.CONTEXT, env=env, home=home)
+    pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(
+        *launch.argv, env=dict(launch.env), cwd=folder, stdin=nothing, stdout=pipe, stderr=pipe
+    )
+
+    async def said() -> str:
+        out, err = await process.communicate()
+        assert process.returncode == 0, f"{out.decode()}\n{err.decode()}"
+        return out.decode()
+
+    task = asyncio.create_task(said())
+    try:
+        yield task
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await asyncio.wait([task])

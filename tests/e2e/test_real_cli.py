@@ -1,7 +1,11 @@
-"""Sessions of the real Claude Code on a box with a real engine; what reached the engine is read in the proxy's log."""
+"""Sessions of the real Claude Code on a box with a real engine; what reached the engine is read in the proxy's log.
+
+Where the model has to say something certain, or nothing for minutes, a scripted engine stands in for the real one.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -14,14 +18,33 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
+from aiohttp import web
 
 from selfhost_cli.sandbox import demo
-from tests.e2e.stage import Stage
+from selfhost_cli.sandbox.assets import Assets
+from tests.e2e.stage import Stage, talking
+from tests.e2e.wire import Wire
+from tests.proxy.kit import (
+    HELLO,
+    Json,
+    LlamaStub,
+    Step,
+    asynchronous,
+    call,
+    ended,
+    eventually,
+    proxied,
+    started,
+    text,
+)
+from tests.proxy.ollama_stub import OllamaStub
 from tests.waiting import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("ready")]
@@ -47,6 +70,11 @@ class Logged:
     cached: int
 
 
+def logged(text: str) -> list[Logged]:
+    found = [Logged(m["path"], m["cls"], *_numbers(m)) for m in LINE.finditer(text)]
+    return [request for request in found if request.cls != "probe"]
+
+
 class Log:
     """What the proxy on the box logged since then."""
 
@@ -56,9 +84,7 @@ class Log:
 
     @property
     def requests(self) -> list[Logged]:
-        text = self._file.read_bytes()[self._before :].decode(errors="replace")
-        found = [Logged(m["path"], m["cls"], *_numbers(m)) for m in LINE.finditer(text)]
-        return [request for request in found if request.cls != "probe"]
+        return logged(self._file.read_bytes()[self._before :].decode(errors="replace"))
 
 
 def _numbers(match: re.Match[str]) -> tuple[int, str, int, int]:
@@ -195,3 +221,185 @@ def test_an_interactive_session_asks_the_person_and_no_classifier(ready: Stage, 
         ("/v1/messages", "main", 200),
     ]
     assert max(request.tokens for request in log.requests) < 10_000
+
+
+# --- subagents ---
+
+WORDS = {"a.txt": "walnut", "b.txt": "harbor"}
+FOUND = re.compile("|".join(WORDS.values()))
+
+
+@dataclass
+class Delegating(LlamaStub):
+    """Sends an agent for each file, which reads it and reports its word; ends with all words that were reported.
+
+    `holds`: agents begin to answer only then. Where they work in the background, when the main conversation waits.
+    """
+
+    folder: Path = field(kw_only=True)
+    files: list[str] = field(kw_only=True)
+    background: bool = True
+    holds: asyncio.Event = field(default_factory=asyncio.Event)
+    n_ctx: int = demo.CONTEXT
+    most: int = 0
+    """Answers that were generated at once."""
+
+    async def _play(self, http: web.Request, script: Iterable[Step], *more: Any) -> web.StreamResponse:
+        self.most = max(self.most, self.running + 1)
+        return await super()._play(http, self._answer(self.asked[-1]), *more)
+
+    def _answer(self, body: Json) -> Iterable[Step]:
+        words = sorted(set(FOUND.findall(json.dumps(body["messages"][1:]))))
+        if demo.SYSTEM_PROMPT not in body["system"]:
+            return self._agent(json.dumps(body["messages"][0]), words)
+        if words:
+            return [started(), *text(f"The words: {words}."), *ended()]
+        if len(body["messages"]) > 1:
+            self.holds.set()
+            return [started(), *text("Waiting."), *ended()]
+        orders = (call("Agent", self._order(name), index=index) for index, name in enumerate(self.files))
+        return [started(), *chain.from_iterable(orders), *ended("tool_use", blocks=len(self.files))]
+
+    def _agent(self, order: str, words: list[str]) -> Iterable[Step]:
+        if words:
+            return [started(), *text(f"The word is {words[0]}."), *ended()]
+        path = re.search(r"Read the file (\S+)\.", order)
+        assert path
+        return [self.holds, started(), *call("Read", json.dumps({"file_path": path[1]})), *ended("tool_use")]
+
+    def _order(self, name: str) -> str:
+        ask = {"description": "find a word", "prompt": f"Read the file {self.folder / name}. Report its word."}
+        return json.dumps(ask | {"subagent_type": "general-purpose", "run_in_background": self.background})
+
+
+def delegating(tmp_path: Path, *files: str, **more: Any) -> Delegating:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name, word in WORDS.items():
+        (folder / name).write_text(f"{word}\n")
+    return Delegating(folder=folder, files=list(files), **more)
+
+
+AGENTS = ["--tools", "Agent,Read", "--system-prompt", demo.SYSTEM_PROMPT]
+
+
+@asynchronous
+async def test_a_subagent_in_the_background_reads_a_file_and_its_report_reaches_the_answer(
+    downloads: Assets, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Claude Code does it by itself: the main conversation goes on, and hears of the agent when it is done."""
+    caplog.set_level("INFO", "selfhost.proxy")
+    engine = delegating(tmp_path, "a.txt")
+    words = ["-p", "Which word is it?", *AGENTS]
+    async with (
+        proxied(engine, tmp_path, slots=2) as proxy,
+        talking(downloads.claude, proxy.url, engine.folder, *words) as talk,
+    ):
+        said = await talk
+    assert said.split("\n\n") == ["Waiting.", "The words: ['walnut'].\n"]
+    requests = logged(caplog.text)
+    assert sorted(request.cls for request in requests) == ["main"] * 3 + ["subagent"] * 2
+    assert {(request.status, request.outcome) for request in requests} == {(200, "ok")}
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@asynchronous
+async def test_two_subagents_share_the_slots_and_who_waits_gets_pings(
+    downloads: Assets, tmp_path: Path, caplog: pytest.LogCaptureFixture, slots: int
+) -> None:
+    caplog.set_level("INFO", "selfhost.proxy")
+    engine = delegating(tmp_path, "a.txt", "b.txt", background=False)
+    async with proxied(engine, tmp_path, slots=slots, ping_every=0.05) as proxy:
+        wire = Wire(proxy.url)
+        words = ["-p", "Which words?", *AGENTS]
+        async with wire.laid() as url, talking(downloads.claude, url, engine.folder, *words) as talk:
+            await eventually(lambda: talk.done() or (wire.requests == 3 and sorted(wire.pings)[-2] > 3), seconds=30)
+            assert engine.running == slots
+            engine.holds.set()
+            said = await talk
+    assert said.strip() == "The words: ['harbor', 'walnut']."
+    assert engine.most == slots
+    requests = logged(caplog.text)
+    assert sorted(request.cls for request in requests) == ["main"] * 2 + ["subagent"] * 4
+    assert {(request.status, request.outcome) for request in requests} == {(200, "ok")}
+
+
+# --- an engine that has to load its model first ---
+
+
+@dataclass
+class Reading(LlamaStub):
+    """llama.cpp: the head of the answer at once, then nothing until it has read the prompt."""
+
+    n_ctx: int = demo.CONTEXT
+    loaded_now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.script = [self.loaded_now, *HELLO]
+
+
+@dataclass
+class Loading(OllamaStub):
+    """Ollama: not even the head of an answer before it has loaded the model."""
+
+    n_ctx: int = demo.CONTEXT
+    loaded_now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def _play(self, *args: Any, **kwargs: Any) -> web.StreamResponse:
+        await self.loaded_now.wait()
+        return await super()._play(*args, **kwargs)
+
+
+@dataclass
+class Absent(OllamaStub):
+    """Ollama, with the model not even listed before it is loaded: a proxy that was just started knows nothing of it."""
+
+    n_ctx: int = demo.CONTEXT
+    loaded_now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def _ps(self, http: web.Request) -> web.Response:
+        self.loaded = "tiny:latest" if self.loaded_now.is_set() else ""
+        return await super()._ps(http)
+
+    @property
+    def healthy(self) -> bool:
+        return False
+
+
+Silent = Reading | Loading | Absent
+
+
+async def waits(
+    stub: Silent, claude: Path, run: Path, ping_every: float, silence: Callable[[Wire], Awaitable[None]]
+) -> Wire:
+    """Asserts that the answer is printed although the engine was silent for so long, and was asked for once."""
+    async with proxied(stub, run, ping_every=ping_every) as proxy:
+        wire = Wire(proxy.url)
+        async with wire.laid() as url, talking(claude, url, run, "-p", "Say hello.", *SHORT) as talk:
+            await eventually(lambda: talk.done() or wire.requests == 1, seconds=30)
+            await silence(wire)
+            stub.loaded_now.set()
+            said = await talk
+    assert said.strip() == "Hello there"
+    assert wire.requests == 1
+    assert len(stub.asked) == 1
+    return wire
+
+
+@pytest.mark.parametrize("engine", [Reading, Loading, Absent])
+@asynchronous
+async def test_a_silent_engine_is_waited_for_behind_pings(
+    downloads: Assets, tmp_path: Path, engine: type[Silent]
+) -> None:
+    await waits(engine(), downloads.claude, tmp_path, 0.05, lambda wire: eventually(lambda: sum(wire.pings) > 3))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("engine", [Reading, Loading, Absent])
+@asynchronous
+async def test_a_model_that_takes_three_minutes_to_load_is_waited_for_behind_pings(
+    downloads: Assets, tmp_path: Path, engine: type[Silent]
+) -> None:
+    wire = await waits(engine(), downloads.claude, tmp_path, 5, lambda wire: asyncio.sleep(180))
+    assert sum(wire.pings) >= 34

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from selfhost_cli.proxy import sse
 from selfhost_cli.proxy.contract import Request
 from selfhost_cli.proxy.engines.anthropic import AnthropicEngine
 from tests.proxy.kit import (
@@ -32,6 +33,7 @@ from tests.proxy.kit import (
     texts,
     types,
 )
+from tests.proxy.ollama_stub import OllamaStub
 
 
 @asynchronous
@@ -202,11 +204,10 @@ async def test_results_go_out_in_the_shape_of_the_api_with_their_images_and_fail
             {"effort": "max"},
             {"output_config": {"effort": "max"}, "chat_template_kwargs": {"reasoning_effort": "high"}},
         ),
-        ({"schema": {"a": 1}}, {"output_config": {"format": {"type": "json_schema", "schema": {"a": 1}}}}),
     ],
 )
 @asynchronous
-async def test_thinking_effort_and_schema_go_out_in_the_words_of_the_api(request_: Json, fields: Json) -> None:
+async def test_thinking_and_effort_go_out_in_the_words_of_the_api(request_: Json, fields: Json) -> None:
     body = await asked(Request([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], **request_))
     assert {key: body[key] for key in body if key not in ("model", "max_tokens", "messages", "stream")} == fields
 
@@ -274,6 +275,24 @@ async def test_a_loading_engine_is_overloaded_and_says_when_to_come_back(tmp_pat
         status, body, headers = await proxy.answer()
     assert_error(status, body, 529, "overloaded_error")
     assert 1 <= int(headers["retry-after"]) <= 60
+
+
+@pytest.mark.parametrize("known", [False, True])
+@asynchronous
+async def test_a_stream_waits_behind_pings_while_the_model_loads(tmp_path: Path, known: bool) -> None:
+    """Refused, Claude Code would give up after 80 seconds; `known`: the engine answered before, and was restarted."""
+    loading = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
+    stub = LlamaStub() if known else OllamaStub(loaded="")
+    async with proxied(stub, tmp_path, ping_every=0.02) as proxy:
+        if known:
+            stub.refusal = (503, loading)
+        async with proxy.post(STREAM) as response:
+            assert await response.content.readline() == b"event: ping\n"
+            stub.refusal = None
+            if isinstance(stub, OllamaStub):
+                stub.loaded = "tiny:latest"
+            events = [json.loads(event.data) async for event in sse.events(response.content.iter_any())]
+    assert texts(events) == "Hello there"
 
 
 @pytest.mark.parametrize("port", [None, "1"], ids=["not started", "refuses"])

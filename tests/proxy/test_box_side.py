@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,25 @@ async def test_health_is_degraded_and_a_503_while_the_engine_is_down(tmp_path: P
         health = await response.json()
     assert (response.status, health["status"], health["context"]) == (503, "degraded", None)
     assert "still starting" in health["components"]["llamacpp"]["reason"]
+
+
+@asynchronous
+async def test_health_tells_what_the_watchdog_measured(tmp_path: Path) -> None:
+    watch = tmp_path / "watch"
+    async with proxied(LlamaStub(), tmp_path) as proxy:
+
+        async def told() -> Any:
+            async with proxy.get("/health") as response:
+                return (await response.json())["watchdog"]
+
+        assert await told() is None
+        watch.write_text("1/2/1/2 3600 4 120 0.4500 idle for 120 s\n")
+        os.utime(watch, (time.time() - 60,) * 2)
+        found = await told()
+        assert 60 <= found.pop("age_s") < 120
+        assert found == {"up_s": 3600, "lease_s": 4, "idle_s": 120, "dollars": 0.45}
+        watch.write_text("1/2/1/2 3600 4\n")
+        assert await told() is None
 
 
 # --- what the watchdog reads ---

@@ -14,6 +14,7 @@ import pytest
 from selfhost_cli.proxy import contract
 from selfhost_cli.proxy.contract import Json
 from selfhost_cli.proxy.engines import AnswerEvent, Done, Prompt, Text, Thinking, ToolCall, ToolInput
+from selfhost_cli.proxy.engines.ollama import CALL_CUT
 from selfhost_cli.proxy.errors import EmptyAnswer, EngineBroke, EngineDown, ProxyError
 from tests.proxy.kit import HI, READ, assert_error, asynchronous, check_grammar, eventually, proxied, texts, types
 from tests.proxy.ollama_stub import PROMPT, OllamaStub, called, done, engine, events, raw, record, said
@@ -423,6 +424,18 @@ async def test_tokens_without_an_answer_are_an_error(tmp_path: Path) -> None:
     async with proxied(stub, tmp_path) as proxy:
         status, body, _ = await proxy.answer(TOOLS)
     assert assert_error(status, body, 400, "api_error") == EmptyAnswer(23).message
+
+
+@asynchronous
+async def test_a_call_that_does_not_end_before_the_limit_ends_the_turn_with_the_reason(tmp_path: Path) -> None:
+    stub = OllamaStub(script=[done(tokens=512, reason="length")])
+    async with proxied(stub, tmp_path) as proxy:
+        answer = await proxy.stream(TOOLS | {"stream": True})
+        status, body, _ = await proxy.answer(HI)
+    assert check_grammar(answer)["delta"]["stop_reason"] == "end_turn"
+    assert texts(answer) == CALL_CUT
+    assert assert_error(status, body, 400, "api_error") == EmptyAnswer(512).message
+    assert stub.generated == []
 
 
 @asynchronous

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -118,6 +119,17 @@ async def test_a_call_to_a_deferred_tool_is_not_made_one_to_another(engine: Path
         events = await proxy.stream(TASK | {"tools": tools, "messages": ask, "stream": True})
     assert check_grammar(events)["delta"]["stop_reason"] == "tool_use"
     assert [e["content_block"]["name"] for e in events if e["type"] == "content_block_start"] == ["Late"]
+
+
+@asynchronous
+async def test_the_form_of_an_answer_is_held_by_the_grammar(engine: Path, tmp_path: Path) -> None:
+    properties = {"title": {"type": "string"}, "length": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": ["title", "length"]}
+    form = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    ask = [{"role": "user", "content": "Write a title for a chat about cats."}]
+    async with before(engine, tmp_path) as proxy:
+        _, message, _ = await proxy.answer({"messages": ask, "max_tokens": 80, "temperature": 0} | form)
+    assert json.loads(message["content"][0]["text"]).keys() == {"title", "length"}
 
 
 @asynchronous

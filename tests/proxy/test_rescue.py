@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
@@ -223,12 +224,27 @@ def as_object(name: str, given: Any, arguments: str = "arguments", indent: int |
     return json.dumps({"name": name, arguments: given}, indent=indent, ensure_ascii=bool(indent))
 
 
+def values_in_tags(name: str, given: dict[str, Any]) -> str:
+    """Those that have one meaning there."""
+    simple = {key: text for key, value in given.items() if not set('"\\') & set(text := as_text(value))}
+    tags = "".join(f'<parameter={key}="{text}">\n' for key, text in simple.items())
+    rest = {key: value for key, value in given.items() if key not in simple}
+    return xml(name, rest).replace(">", f">\n{tags}", 1)
+
+
+def with_echo(name: str, given: dict[str, Any]) -> str:
+    echo = f"<parameter>\nit\n</parameter>\n<required>{json.dumps([*given])}</required>\n"
+    return xml(name, given).removesuffix("</function>") + echo + "</function>"
+
+
 SHAPES: dict[str, Callable[[str, Any], str]] = {
     "xml": xml,
     "xml, all tags": lambda name, given: f"<tool_call>\n{xml(name, given)}\n</tool_call>",
     "xml, no opening tag": lambda name, given: f"{xml(name, given)}\n</tool_call>",
     "xml, no closing tag": lambda name, given: f"<tool_call>\n{xml(name, given)}",
     "xml, last tags missing": lambda name, given: xml(name, given).removesuffix("</function>"),
+    "xml, values in its tags": values_in_tags,
+    "xml, with more than arguments": with_echo,
     "json": as_object,
     "json, tags": lambda name, given: f"<tool_call>\n{as_object(name, given, indent=2)}\n</tool_call>",
     "json, fence": lambda name, given: f"```json\n{as_object(name, given, 'parameters', indent=2)}\n```",
@@ -269,7 +285,11 @@ def test_prose_without_a_marker_passes_unchanged_and_at_once(pieces: list[str]) 
         assert list(rescue.feed(Text(piece))) == [Text(piece)]
 
 
-@given(st.lists(st.sampled_from([*MARKERS, "Read>", "file_path>", "```", "json", "{", "}", '"name"', ":", "\n", " x"])))
+HEAP = [*MARKERS, "Read>", "file_path>", "```", "json", "{", "}", '"name"', ":", "\n", " x"]
+HEAP += ['file_path="', '">', "<parameter>", "<required>", "</required>"]
+
+
+@given(st.lists(st.sampled_from(HEAP)))
 def test_no_heap_of_markers_loses_a_character_or_takes_anything_but_a_fitting_call(pieces: list[str]) -> None:
     said = "".join(pieces)
     events = rescued(*pieces)
@@ -296,6 +316,10 @@ def test_no_heap_of_markers_loses_a_character_or_takes_anything_but_a_fitting_ca
         ("<function=Read>\n<parameter=colour>", ""),
         ("<function=Read>\n<parameter=file_path is", ""),
         ("<function=Read>\nIt", ""),
+        ("<function=Read>\n<requ", "<function=Read>\n<requ"),
+        ("<function=Read>\n<name>", ""),
+        ('<function=Read>\n<parameter=file_path="/a"', '<function=Read>\n<parameter=file_path="/a"'),
+        ('<function=Read>\n<parameter=file_path="/a" b', ""),
         ("Then:\n```js", "```js"),
         ("Then:\n```jsx", ""),
         ("Then:\n```python\n<function=", ""),
@@ -304,6 +328,8 @@ def test_no_heap_of_markers_loses_a_character_or_takes_anything_but_a_fitting_ca
         ('{\n  "name": "Re', '{\n  "name": "Re'),
         ('{\n  "name": "my', ""),
         ('{"version', ""),
+        ("{\n\n x", ""),
+        ("a </tool_call", ""),
         ("x {", ""),
         ("Hello \n\n ", ""),
     ],
@@ -423,6 +449,35 @@ def test_a_quarter_of_a_megabyte_of_what_never_becomes_a_call_costs_no_more_than
     assert time.process_time() - began < 10
 
 
+def steps(said: str) -> int:
+    """How many functions are called until it is told."""
+    called = 0
+
+    def count(frame: object, event: str, arg: object) -> None:
+        nonlocal called
+        called += event == "call"
+
+    sys.setprofile(count)
+    try:
+        events = rescued(said)
+    finally:
+        sys.setprofile(None)
+    assert events == as_prose(said)
+    return called
+
+
+@pytest.mark.parametrize("unit", ["<", "< ", "<t", "<tool_cal ", "</tool_call>", "{", "`x`", '{"nam": '])
+def test_a_heap_of_signs_without_a_tag_takes_no_more_steps_than_a_few_of_them(unit: str) -> None:
+    assert steps(unit * 30_000) == steps(unit * 30)
+
+
+@pytest.mark.parametrize(
+    "unit", ["<tool_call> ", "<function=Read> ", "{\n", '{"name": 1\n', "```\n", "```json\n{ x\n```\n"]
+)
+def test_twice_as_many_beginnings_take_twice_as_many_steps(unit: str) -> None:
+    assert steps(unit * 2000) <= 2.1 * steps(unit * 1000)
+
+
 # --- odd schemas
 
 
@@ -450,6 +505,30 @@ def test_no_schema_of_a_client_breaks_it() -> None:
             said = as_object("Bash", {"command": call})
             events = rescued(said, tools=[{"name": "Bash", "input_schema": schema}])
             assert calls(events) == [("Bash", {"command": call})] or events == as_prose(said)
+
+
+@pytest.mark.parametrize(
+    ("reference", "fits"),
+    [
+        ("#/$defs/number", False),
+        ("#/$defs/text", True),
+        ("#/allOf/0/properties/count", False),
+        ("#/allOf/7", True),
+        ("#/$defs/missing/deeper", True),
+        ("#text", True),
+        ("https://json-schema.example/text", True),
+    ],
+)
+def test_a_reference_that_leads_nowhere_lets_everything_pass(reference: str, fits: bool) -> None:
+    number = {"type": "integer"}
+    schema = {
+        "properties": {"v": {"$ref": reference}},
+        "allOf": [{"properties": {"count": number}}],
+        "$defs": {"text": TEXT, "number": number},
+    }
+    said = xml("T", {"v": "much"})
+    events = rescued(said, tools=[{"name": "T", "input_schema": schema}])
+    assert events == as_prose(said) if not fits else calls(events) == [("T", {"v": "much"})]
 
 
 def test_a_schema_that_goes_round_in_circles_fits_nothing() -> None:

@@ -89,6 +89,10 @@ class Engine(Protocol):
         """The exact length of the rendered prompt in tokens, None when this engine cannot tell."""
         ...
 
+    def forms(self, request: Request) -> bool:
+        """It holds the answer to `request.schema`; for one that does not, it is asked for in words, and checked."""
+        ...
+
     def messages(self, request: Request) -> AsyncGenerator[AnswerEvent]:
         """Generate. Closing the iterator cancels the generation at once.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from selfhost_cli.proxy import sse
 from selfhost_cli.proxy.codec import decode
@@ -62,16 +62,23 @@ class AnthropicEngine(Upstream):
     async def count(self, request: Request) -> int | None:
         return await self._number("/v1/messages/count_tokens", self._body(request), "input_tokens")
 
+    def forms(self, request: Request) -> bool:
+        return False  # llama.cpp and Ollama take output_config.format for nothing
+
     async def messages(self, request: Request) -> AsyncGenerator[AnswerEvent]:
         body = self._body(request) | {"stream": True}
         prefill = Prefill(request.prefill)
         async with self._request("/v1/messages", body, PATIENT) as response:
             if response.status != 200:
                 raise (await refusal(response)).error()
-            with self._reading():
-                async for event in _answer(sse.events(response.content.iter_any())):
-                    for kept in prefill.without(event):
-                        yield kept
+            reading = _Reading()
+            with self._blamed():
+                async for chunk in response.content.iter_any():
+                    for event in prefill.without(reading.feed(chunk)):
+                        yield event
+                    if reading.over:
+                        return
+        raise EngineBroke("the engine ended the stream in the middle of the answer")
 
     def _body(self, request: Request) -> Json:
         body: Json = {
@@ -105,10 +112,7 @@ def _thinking(request: Request) -> Json:
 
 
 def _output(request: Request) -> Json:
-    config: Json = {"effort": request.effort} if request.effort else {}
-    if request.schema is not None:
-        config["format"] = {"type": "json_schema", "schema": request.schema}
-    return {"output_config": config} if config else {}
+    return {"output_config": {"effort": request.effort}} if request.effort else {}
 
 
 def _results_apart(message: Json) -> list[Json]:
@@ -127,40 +131,45 @@ def _result(block: Json) -> Json:
     return {key: value for key, value in block.items() if key != "images"} | {"content": [*text, *images]}
 
 
-async def _answer(events: AsyncIterator[sse.Event]) -> AsyncIterator[AnswerEvent]:
+class _Reading:
     """llama.cpp's events as ours. Stops are not looked at: it sends all of them at the very end."""
-    prompt = Prompt(0)
-    delta: Json = {}
-    tool = -1
-    async for event in events:
-        data = _data(event)
+
+    def __init__(self) -> None:
+        self.over = False
+        self._parser = sse.Parser()
+        self._delta: Json = {}
+        self._tool = -1
+
+    def feed(self, chunk: bytes) -> Iterator[AnswerEvent]:
+        for event in self._parser.feed(chunk):
+            yield from self._event(_data(event))
+
+    def _event(self, data: Json) -> Iterator[AnswerEvent]:
         match data:
-            case {"type": "message_start", "message": {"usage": dict(usage)}}:
-                prompt = _prompt(usage)
-                yield prompt
-            case {"type": "content_block_start", "index": index, "content_block": {"type": "tool_use", **block}}:
-                tool = index
-                yield ToolCall(str(block.get("name")))
-                if block.get("input"):
-                    yield ToolInput(json.dumps(block["input"]))
-            case {"type": "content_block_delta", "index": index, "delta": {"partial_json": str(piece)}}:
-                if index != tool:
-                    raise EngineBroke("the engine mixed up two tool calls")
-                yield ToolInput(piece)
             case {"type": "content_block_delta", "delta": {"text": str(text)}}:
                 yield Text(text)
             case {"type": "content_block_delta", "delta": {"thinking": str(text)}}:
                 yield Thinking(text)
+            case {"type": "content_block_delta", "index": index, "delta": {"partial_json": str(piece)}}:
+                if index != self._tool:
+                    raise EngineBroke("the engine mixed up two tool calls")
+                yield ToolInput(piece)
+            case {"type": "content_block_start", "index": index, "content_block": {"type": "tool_use", **block}}:
+                self._tool = index
+                yield ToolCall(str(block.get("name")))
+                if block.get("input"):
+                    yield ToolInput(json.dumps(block["input"]))
+            case {"type": "message_start", "message": {"usage": dict(usage)}}:
+                yield _prompt(usage)
             case {"type": "message_delta"}:
-                delta = data
+                self._delta = data
                 if "input_tokens" in (usage := data.get("usage") or {}):
                     yield _prompt(usage)  # Ollama counts now; what it said at the start was an estimate
             case {"type": "message_stop"}:
-                yield _done(delta)
-                return
+                self.over = True
+                yield _done(self._delta)
             case {"error": _}:
                 raise explained(500, data).error(EngineBroke)
-    raise EngineBroke("the engine ended the stream in the middle of the answer")
 
 
 def _data(event: sse.Event) -> Json:

@@ -29,7 +29,7 @@ from selfhost_cli.proxy.engines import (
     ToolInput,
 )
 from selfhost_cli.proxy.engines.upstream import PATIENT, Upstream, number
-from selfhost_cli.proxy.errors import EngineBroke, EngineDown, ProxyError, invalid, too_long
+from selfhost_cli.proxy.errors import EngineBroke, EngineDown, EngineLoading, ProxyError, invalid, too_long
 
 KEEP: Json = {"truncate": False, "shift": False, "keep_alive": -1}
 EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "max"}
@@ -44,6 +44,7 @@ GARBLED = re.compile(r"XML syntax|unmarshal|pars(e|ing)|invalid tool call", re.I
 """In a 500: the model wrote a call, and Ollama could not read it."""
 TOO_LONG = re.compile(r"(exceeds|longer than) the context length")
 """Of versions that give no numbers."""
+CALL_CUT = "[The model reached its limit of tokens inside a tool call, which was not made.]"
 REPEATED = "\n\n[The engine stopped the model here, because it only repeated itself.]"
 
 
@@ -81,7 +82,7 @@ class OllamaEngine(Upstream):
         running = (await self._ask("/api/ps")).get("models") or []
         loaded = next((entry for entry in running if _same(entry.get("name"), self._model)), None)
         if loaded is None:
-            raise EngineDown(f"{self._model} is not loaded yet")
+            raise EngineLoading(f"{self._model} is not loaded yet")
         context = loaded.get("context_length")
         if not isinstance(context, int):
             raise EngineDown(f"{self.name} does not tell its context")
@@ -105,6 +106,9 @@ class OllamaEngine(Upstream):
     async def count(self, request: Request) -> int | None:
         """Nothing of Ollama's counts without generating."""
         return None
+
+    def forms(self, request: Request) -> bool:
+        return not request.tools  # its grammar would leave no room for a call
 
     async def messages(self, request: Request) -> AsyncGenerator[AnswerEvent]:
         model = await self._current()
@@ -287,6 +291,9 @@ class _Answer:
         elif stops and reason == "end_turn" and not self.pieces:
             # Ollama does not tell one from the other; but only a stop sequence can end an answer before it began
             yield Done("stop_sequence", tokens, stops[0] if len(stops) == 1 else None)
+        elif self._request.tools and reason == "max_tokens" and not self.pieces and tokens > SWALLOWED:
+            # Its beginning is lost. An error, and Claude Code would have all of it generated a second time
+            yield Done("end_turn", tokens, cut=True, notice=CALL_CUT)
         else:
             yield Done(reason, tokens)
 

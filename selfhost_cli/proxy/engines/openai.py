@@ -119,16 +119,23 @@ class OpenAIEngine(Upstream):
         path, key = dialect.counter
         return await self._number(path, self._body(request, dialect), key)
 
+    def forms(self, request: Request) -> bool:
+        return not request.tools  # with tools, llama.cpp lets its grammar for calls go before the schema
+
     async def messages(self, request: Request) -> AsyncGenerator[AnswerEvent]:
         _, dialect = await self._known()
         body = self._body(request, dialect) | {"stream": True, "stream_options": {"include_usage": True}}
         prefill = Prefill(request.prefill if dialect.repeats else "")
         async with self._accepted(body) as response:
-            with self._reading():
-                chunks = sse.events(response.content.iter_any())
-                async for event in _answer(chunks, request.sampling.get("stop_sequences", [])):
-                    for kept in prefill.without(event):
-                        yield kept
+            reading = _Reading(request.sampling.get("stop_sequences", []))
+            with self._blamed():
+                async for chunk in response.content.iter_any():
+                    for event in prefill.without(reading.feed(chunk)):
+                        yield event
+                    if reading.over:
+                        break
+            for event in prefill.without(reading.end()):
+                yield event
 
     def _listed(self, models: Json) -> Json:
         """Our model in the list. One that serves a single model may have another name for it."""
@@ -259,17 +266,6 @@ def _image(source: Json) -> Json:
 # --- the answer ---
 
 
-async def _answer(events: AsyncIterator[sse.Event], stops: list[str]) -> AsyncIterator[AnswerEvent]:
-    reading = _Reading(stops)
-    async for event in events:
-        if event.data.strip() == "[DONE]":
-            break
-        for told in reading.chunk(_data(event)):
-            yield told
-    for told in reading.end():
-        yield told
-
-
 def _data(event: sse.Event) -> Json:
     try:
         data = decode(event.data)
@@ -288,13 +284,21 @@ class _Reading:
     """What the chunks of one stream have told so far. `stops`: what the client wants to hear of, if it ended there."""
 
     def __init__(self, stops: list[str]) -> None:
+        self.over = False
+        self._parser = sse.Parser()
         self._stops = stops
         self._usage: Json = {}
         self._finish = ""
         self._stopped_by: str | None = None
         self._open: tuple[int, str] | None = None
 
-    def chunk(self, chunk: Json) -> Iterator[AnswerEvent]:
+    def feed(self, chunk: bytes) -> Iterator[AnswerEvent]:
+        for event in self._parser.feed(chunk):
+            self.over = self.over or event.data.strip() == "[DONE]"
+            if not self.over:
+                yield from self._chunk(_data(event))
+
+    def _chunk(self, chunk: Json) -> Iterator[AnswerEvent]:
         if isinstance(usage := chunk.get("usage"), dict):
             self._usage = usage
         for choice in (chunk.get("choices") or [])[:1]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import aiohttp
@@ -14,7 +14,8 @@ import aiohttp
 from selfhost_cli.proxy.codec import decode, encode
 from selfhost_cli.proxy.contract import Json, Request
 from selfhost_cli.proxy.engines import AnswerEvent, Prompt, Text, Thinking
-from selfhost_cli.proxy.errors import EngineBroke, EngineDown, ProxyError, invalid, too_long
+from selfhost_cli.proxy.errors import EngineBroke, EngineDown, EngineLoading, ProxyError, invalid, too_long
+from selfhost_cli.proxy.web import upload
 
 QUICK = aiohttp.ClientTimeout(total=30, connect=5)
 PATIENT = aiohttp.ClientTimeout(total=None, connect=5)
@@ -22,6 +23,8 @@ READ_AHEAD = 2**14
 """Bytes; twice that and what one more read brings is kept of an answer whose client reads slowly."""
 EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 PASSING = (408, 425, 429, 502, 503, 504, 529)
+LOADING = re.compile("loading model", re.IGNORECASE)
+"""What llama.cpp's server says while it does."""
 # some echo the request in what they say of it, and no prompt may get into a log
 LONGEST_REASON = 500
 
@@ -101,8 +104,7 @@ class Upstream:
             response = await self._session.request(
                 "GET" if data is None else "POST",
                 self._base_url() + path,
-                # bytes over 1 MB draw a warning
-                data=io.BytesIO(data) if data and len(data) > 2**20 else data,
+                data=upload(data),
                 headers={"content-type": "application/json"},
                 timeout=timeout,
             )
@@ -115,7 +117,7 @@ class Upstream:
             response.close()
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _blamed(self) -> Iterator[None]:
         """Around an answer that comes: what goes wrong with it is the engine's."""
         try:
             yield
@@ -156,8 +158,10 @@ class Refusal:
         passing = self.status in PASSING or self.kinds & {"unavailable_error", "overloaded_error"}
         if not passing or "insufficient_quota" in self.kinds:
             return invalid(reason)
-        if otherwise is EngineDown and self.retry_after is not None:
-            return EngineDown(reason, self.retry_after)
+        if otherwise is EngineDown and LOADING.search(self.message):
+            otherwise = EngineLoading
+        if issubclass(otherwise, EngineDown) and self.retry_after is not None:
+            return otherwise(reason, self.retry_after)
         return otherwise(reason)
 
     def _too_long(self, reason: str) -> ProxyError:
@@ -222,7 +226,10 @@ class Prefill:
         self._text = text
         self._seen = 0
 
-    def without(self, event: AnswerEvent) -> list[AnswerEvent]:
+    def without(self, events: Iterable[AnswerEvent]) -> Iterable[AnswerEvent]:
+        return chain.from_iterable(map(self._without, events)) if self._text else events
+
+    def _without(self, event: AnswerEvent) -> list[AnswerEvent]:
         rest = self._text[self._seen :]
         if not rest or isinstance(event, Prompt | Thinking):
             return [event]
