@@ -142,6 +142,7 @@ PACKED = gzip.compress(json.dumps(HI).encode())
         ("gzip", gzip.compress(b" " * (MAX_BODY + 1)), 413),
         ("br", json.dumps(HI).encode(), 415),
     ],
+    ids=["gzip", "deflate", "identity", "no gzip", "cut", "too large", "brotli"],
 )
 def test_a_packed_body_is_unpacked_or_refused_in_anthropics_words(
     tmp_path: Path, encoding: str, body: bytes, status: int
