@@ -23,12 +23,18 @@ DIGESTS = (
 )
 INSTALL = "sh ~/.selfhost/bin/install.sh"
 PROXY_PORT = "cat ~/.selfhost/run/proxy.port"
-RENEW_LEASE = "touch ~/.selfhost/run/lease"
+# Also starts a watchdog, should it be dead (where one lives, this one leaves), and prints what it measured last.
+RENEW_LEASE = (
+    "cd ~/.selfhost && touch run/lease || exit; cat run/watch 2>/dev/null;"
+    " [ -e bin/watchdog.sh ] && command -v flock >/dev/null || exit 0;"
+    " sh bin/watchdog.sh </dev/null >>log/watchdog.log 2>&1 &"
+)
+LIMITS = "sh ~/.selfhost/bin/limits.sh"
 ARMED = "cat ~/.selfhost/run/armed 2>/dev/null || true"
 ARCHIVE = "cat ~/.selfhost/run/archive 2>/dev/null || true"
 
 ROOT = ".selfhost"
-SCRIPTS = ("install.sh", "start.sh", "stop.sh", "llamacpp.py", "ollama.py")
+SCRIPTS = ("install.sh", "start.sh", "stop.sh", "limits.sh", "llamacpp.py", "ollama.py")
 
 # install.sh says something every few seconds, even while pip or sha256sum are silent.
 SILENCE_S = 180.0

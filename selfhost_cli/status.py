@@ -7,9 +7,10 @@ from typing import Any
 
 import httpx
 
-from selfhost_cli import attach
+from selfhost_cli import attach, countdown
 from selfhost_cli.attach import Front
 from selfhost_cli.config import Settings
+from selfhost_cli.countdown import Countdown
 from selfhost_cli.errors import SelfhostError
 from selfhost_cli.invoice import Invoice, invoice
 from selfhost_cli.ledger import Ledger
@@ -20,7 +21,10 @@ LOOK_S = 5.0
 
 @dataclass(frozen=True)
 class Status:
-    """One rental as it stands. `tunnel` is the keeper's state of it, `box` what the proxy on the box answered."""
+    """One rental as it stands. `tunnel` is the keeper's state of it, `box` what the proxy on the box answered.
+
+    `ends`: what will end the box by itself, soonest first; `unwatched_s`: for how long its watchdog has not looked.
+    """
 
     rental: Rental
     tunnel: str
@@ -28,6 +32,8 @@ class Status:
     url: str
     box: dict[str, Any]
     so_far: Invoice
+    ends: tuple[Countdown, ...]
+    unwatched_s: float | None
 
 
 def look(settings: Settings, ledger: Ledger, *, now: float) -> list[Status]:
@@ -40,19 +46,26 @@ def _status(rental: Rental, front: Front | None, ledger: Ledger, now: float) -> 
     tunnel, reason = _tunnel(rental, front)
     box = _ask_box(front) if front and tunnel == "up" else {}
     so_far = invoice(rental, ledger.usage(rental.label), None, now=now)
-    return Status(rental, tunnel, reason, front.url if front else "", box, so_far)
+    watch = box.get("watchdog")
+    measured = countdown.read(watch) if isinstance(watch, dict) else None
+    ends = countdown.countdowns(rental, measured, now=now)
+    unwatched = watch.get("age_s") if isinstance(watch, dict) and measured else None
+    age = float(unwatched) if isinstance(unwatched, int | float) else None
+    return Status(rental, tunnel, reason, front.url if front else "", box, so_far, ends, age)
 
 
 def _tunnel(rental: Rental, front: Front | None) -> tuple[str, str]:
     if front is None:
-        hint = "it starts with the next `selfhost claude`" if rental.state is State.READY else ""
-        return "no keeper", hint
+        ready = "it starts with the next `selfhost claude`"
+        unready = "nobody looks after it: `selfhost up` goes on with it, `selfhost down` ends it"
+        return "no keeper", ready if rental.state is State.READY else unready
     try:
         answer = attach.call(front, "state")
     except SelfhostError as error:
         return "no answer", error.message
-    for row in answer.get("rentals", []):
-        if row.get("label") == rental.label:
+    rows = answer.get("rentals")
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict) and row.get("label") == rental.label:
             return str(row.get("state")), str(row.get("reason", ""))
     return "not watched", ""
 

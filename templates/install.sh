@@ -152,8 +152,9 @@ bring_proxy() {
   STEP=proxy
   if [ "$HERE" != "$(pwd)/bin" ] && [ -f "$HERE/../selfhost_cli/payload.py" ]; then
     PYTHONPATH=$HERE/.. "$PY" -c \
-      'import sys; from selfhost_cli.payload import proxy_zip; sys.stdout.buffer.write(proxy_zip())' >tmp/proxy.zip &&
-      mv tmp/proxy.zip bin/proxy.zip || fail "the proxy of $HERE/.. could not be packed"
+      'import sys; from selfhost_cli.payload import proxy_zip; sys.stdout.buffer.write(proxy_zip())' >tmp/proxy.zip ||
+      fail "the proxy of $HERE/.. could not be packed"
+    mv tmp/proxy.zip bin/proxy.zip
   fi
   [ -s bin/proxy.zip ] || fail "proxy.zip is not in ~/.selfhost/bin: \`selfhost up\` puts it there"
 }

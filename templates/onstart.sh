@@ -5,8 +5,9 @@
 
 umask 077
 export HOME="${HOME:-/root}"
-mkdir -p "$HOME/.ssh" "$HOME/.selfhost/run" "$HOME/.selfhost/log" "$HOME/.selfhost/bin" "$HOME/.selfhost/downloads" "$HOME/.selfhost/steps"
+mkdir -p "$HOME/.ssh" "$HOME/.selfhost"
 cd "$HOME/.selfhost" || exit
+mkdir -p run log bin downloads steps
 # Nothing that is started below may keep the caller's stdout open.
 exec </dev/null >>log/onstart.log 2>&1
 
@@ -25,7 +26,7 @@ exec </dev/null >>log/onstart.log 2>&1
 
 # Replaced, not overwritten: a shell that runs it reads it bit by bit. A second watchdog sees the first one's lock and leaves.
 echo "$WATCHDOG" | base64 -d | gzip -d >bin/new && mv bin/new bin/watchdog.sh
-setsid sh bin/watchdog.sh >>log/watchdog.log 2>&1 &
+sh bin/watchdog.sh >>log/watchdog.log 2>&1 &
 
 # The sshd that the market started may be up already, with a key that the image brought, or be just about to write
 # its pid file: so ask it again for a while. In a sandbox only the box's own sshd may be touched.

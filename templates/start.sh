@@ -48,7 +48,7 @@ supervise() {
   trap 'finish' TERM INT
   bury
   # exec in a subshell: a redirection of the function itself would only put the lock aside, on another descriptor.
-  (exec 9>&- && keep_log_small) &
+  (exec 9>&- && look_after) &
   while :; do
     began=$(date +%s)
     (exec 9>&- && "run_$part") &
@@ -84,10 +84,12 @@ bury() {
   esac
 }
 
-# Cut in place: the part goes on writing to the same file, at its end.
-keep_log_small() {
+# Every minute: a watchdog, should it be dead (where one lives, this one leaves), and a small log. That is cut in place:
+# the part goes on writing to the same file, at its end.
+look_after() {
   log=log/$part.log
   while kill -0 $$ 2>/dev/null; do
+    [ ! -e bin/watchdog.sh ] || sh bin/watchdog.sh >>log/watchdog.log 2>&1 &
     if [ "$(stat -c %s "$log")" -gt 5000000 ]; then
       tail -c 1000000 "$log" >"$log.cut" && cat "$log.cut" >"$log"
       rm -f "$log.cut"

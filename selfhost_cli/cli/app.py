@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from types import FrameType
 from typing import IO, Annotated, Any
 
@@ -34,12 +35,18 @@ def _setting(name: str, *declarations: str) -> Any:
     return typer.Option(*declarations, help=text[0].upper() + text[1:], show_default=False)
 
 
+def _total(what: str) -> Any:
+    return typer.Option(help=f"New total in {what}; +N adds N.", show_default=False)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def run(argv: Sequence[str]) -> int:
     """Run one command line; SelfhostErrors pass through to `entry.main`, which is the one error boundary."""
     profile, rest = _take_profile(list(argv))
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal need not know every character, and a box may send any
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(args=rest, prog_name="selfhost", obj=profile)
     except SystemExit as end:
@@ -110,10 +117,10 @@ def up(
     with _signals_interrupt(), render.Talk() as talk, wiring.world(settings, talk) as world:
         rental = lifecycle.up(world, confirm, needs_claude=launch)
         url = world.keeper.start().url
-    if json:
-        render.as_json({"rental": rental, "url": url})
-    else:
-        render.ready(rental, url)
+        if json:  # in here: where it cannot be written, a box is billed
+            render.as_json({"rental": rental, "url": url})
+        else:
+            render.ready(rental, url)
     if launch:
         launching.claude(settings.profile, claude_args or [])
 
@@ -147,6 +154,28 @@ def status(ctx: typer.Context, json: Json = False) -> None:
     if settings.paths.ledger.exists():  # asking makes nothing
         values = state.look(settings, Ledger(settings.paths.ledger), now=time.time())
     render.as_json(values) if json else render.status(values)
+
+
+@app.command()
+def extend(
+    ctx: typer.Context,
+    hours: Annotated[str | None, _total("hours since it was rented, as with `up`")] = None,
+    max_spend: Annotated[str | None, _total("dollars, as with `up`")] = None,
+    idle: Annotated[str | None, _total("minutes without a request, as with `up`")] = None,
+    json: Json = False,
+) -> None:
+    """Move what ends the box by itself, before it does."""
+    from selfhost_cli.cli import render, wiring
+    from selfhost_cli.lifecycle import extending
+
+    wish = extending.Wish(
+        extending.amount("--hours", hours),
+        extending.amount("--max-spend", max_spend),
+        extending.amount("--idle", idle),
+    )
+    with wiring.reach(_settings(ctx)) as (ledger, reach):
+        value = extending.extend(ledger, reach, wish, now=time.time())
+    render.as_json(value) if json else render.extended(value)
 
 
 @app.command()

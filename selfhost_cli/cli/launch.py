@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from selfhost_cli.cli.words import say
+from selfhost_cli.cli.words import in_profile, say
 from selfhost_cli.errors import MayBeBilling, NotSetUp, SelfhostError
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from selfhost_cli.wait import Clock
 
 TUNNEL_WAIT_S = 60.0
+TOLD_S = 3600.0
+"""A box that ends within this is worth a line before Claude Code starts."""
 
 
 def claude(profile: str, args: Sequence[str]) -> NoReturn:
@@ -43,6 +45,8 @@ def claude(profile: str, args: Sequence[str]) -> NoReturn:
         raise _billed(error, rental) from error
     wait_for_tunnel(front, ledger, rental)
     ledger.close()
+    if soon := _ends_soon(rental):
+        say(in_profile(f"selfhost: {soon}", profile))
     try:
         launch = code.launch(
             binary,
@@ -124,6 +128,15 @@ def wait_for_tunnel(
         wait.until(probe, what="the tunnel", seconds=seconds, every=0.25, clock=clock or wait.SYSTEM)
     except wait.TimedOut as error:
         say(f"selfhost: {error.message}; starting claude all the same, it tries again by itself")
+
+
+def _ends_soon(rental: Rental) -> str:
+    """What to say when a cap ends the box within the hour; without the box's own figures, so traffic is not counted."""
+    import time
+
+    from selfhost_cli import countdown
+
+    return countdown.warning(rental, countdown.countdowns(rental, None, now=time.time()), within=TOLD_S)
 
 
 def _ledger(settings: Settings) -> Ledger:

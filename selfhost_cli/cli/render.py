@@ -23,14 +23,18 @@ from rich.progress import (
 from rich.status import Status
 from rich.table import Table
 
-from selfhost_cli import health
+from selfhost_cli import countdown, health
 from selfhost_cli import status as state
 from selfhost_cli.cli import words
+from selfhost_cli.countdown import Countdown
 from selfhost_cli.invoice import Invoice
 from selfhost_cli.lifecycle import SIMULATED, Ended, Plan
+from selfhost_cli.lifecycle.extending import Extended
 from selfhost_cli.model import Caps, Endpoint, Event, Rental
 
 PROOF = "nothing is billed any more"
+UNWATCHED_S = 60.0
+"""A watchdog that lives looks every few seconds; the market's answer may keep it for twenty."""
 
 
 class _Console(Console):
@@ -270,22 +274,48 @@ def _status(value: state.Status) -> None:
         ("box", escape(f"{rental} in {rental.place}, {rental.state}")),
         ("engine", escape(_engine(value))),
         ("tunnel", escape(f"{value.tunnel} {value.reason}".strip() + (f", {value.url}" if value.url else ""))),
-        ("proxy", str(value.box.get("status") or "not asked")),
+        ("proxy", escape(str(value.box.get("status") or "not asked"))),
         ("tokens", f"{usage.input_tokens} in, {usage.output_tokens} out, {usage.requests} requests{_repaired(value)}"),
         ("so far", f"${value.so_far.total:.4f} in {value.so_far.hours:.2f} h, traffic not counted"),
         ("ends by itself", _caps(rental.caps)),
+        ("as it stands", ", ".join(_countdown(one) for one in value.ends)),
     ):
         out.print(f"[bold]{name:<14}[/]  {text}")
+    if soon := countdown.warning(rental, value.ends):
+        out.print(f"[yellow]![/] {escape(soon)}")
+    if (value.unwatched_s or 0) > UNWATCHED_S:
+        out.print(f"[yellow]![/] its watchdog has not looked for {value.unwatched_s:.0f} s; the keeper starts it again")
+
+
+def extended(value: Extended) -> None:
+    """What held, what holds, and when that ends the box."""
+    old, new = value.before, value.rental.caps
+    for name, unit, before, after in (
+        ("--hours", "", old.max_s / 3600, new.max_s / 3600),
+        ("--max-spend", "$", old.max_dollars, new.max_dollars),
+        ("--idle", "", old.idle_s / 60, new.idle_s / 60),
+    ):
+        if before != after:
+            out.print(f"[green]✓[/] {name} {unit}{before:.4g} → {unit}{after:.4g}")
+    told = ", ".join(_countdown(one) for one in value.ends)
+    out.print(f"{escape(str(value.rental))} ends by itself {told}")
+
+
+def _countdown(one: Countdown) -> str:
+    """Such as "in 40 min without a request (14:20)"."""
+    why = {"idle": "without a request", "hours": "by --hours", "dollars": "by --max-spend", "lease": "without us"}
+    clock = time.strftime("%H:%M" if one.seconds < 12 * 3600 else "%a %H:%M", time.localtime(one.at))
+    return f"{countdown.in_words(one.seconds)} {why[one.why]} ({clock})"
 
 
 def _repaired(value: state.Status) -> str:
     """Calls that the model wrote as text, since the proxy on the box was started."""
-    count = (value.box.get("usage") or {}).get("repaired_calls")
-    return f", {count} calls repaired" if count else ""
+    count = health.section(value.box, "usage").get("repaired_calls")
+    return f", {count} calls repaired" if count and isinstance(count, int) else ""
 
 
 def _engine(value: state.Status) -> str:
-    rental, facts = value.rental, (value.box.get("components") or {}).get(value.rental.engine) or {}
+    rental, facts = value.rental, health.section(value.box, "components", value.rental.engine)
     engine = f"{rental.engine} {facts.get('version', '')}".strip()
     told = f"{engine}, {health.described(rental.model, facts)}, {value.box.get('context') or rental.context} tokens"
     share = None if SIMULATED in rental.gpu else health.on_gpu(facts)

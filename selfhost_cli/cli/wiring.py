@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from selfhost_cli import attach, claude, lifecycle, models
@@ -11,7 +11,8 @@ from selfhost_cli.attach import Front
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import MarketUnreachable, MayBeBilling, NotSetUp, SelfhostError, UsageError
 from selfhost_cli.ledger import Ledger, LedgerBroken
-from selfhost_cli.model import Event
+from selfhost_cli.lifecycle.extending import Reach
+from selfhost_cli.model import Endpoint, Event, Rental
 from selfhost_cli.providers import Provider
 
 
@@ -38,6 +39,7 @@ def world(
                 keeper=_Keeper(settings),
                 connect=ssh.connect,
                 make_key=ssh.make_key,
+                public_half=ssh.public_half,
                 find_claude=lambda: claude.find(settings.claude, environment),
                 find_model=lambda: models.size(settings.model, settings.registry),
                 report=report,
@@ -47,6 +49,28 @@ def world(
         # What the SDK needed is not for Claude Code, which `up` becomes next.
         os.environ.clear()
         os.environ.update(environment)
+
+
+@contextmanager
+def reach(settings: Settings) -> Iterator[tuple[Ledger, Reach]]:
+    """What it takes to tell a box something; the market is asked only for a box that has moved.
+
+    Raises NotSetUp where nothing was ever rented, and like `world` while a rental is live.
+    """
+    from selfhost_cli.remote import ssh
+
+    def endpoints(rental: Rental) -> Sequence[Endpoint]:
+        box = _provider(settings).get(rental.instance_id or 0)
+        return box.endpoints if box else ()
+
+    if not settings.paths.ledger.exists():
+        raise NotSetUp("there is no box", "Rent one: `selfhost up`.")
+    ledger = Ledger(settings.paths.ledger)
+    try:
+        with _billing_headline(settings, ledger):
+            yield ledger, Reach(ssh.connect, settings.paths.login_key, endpoints)
+    finally:
+        ledger.close()
 
 
 def _ledger(settings: Settings, report: Callable[[Event], None], needed: bool) -> Ledger:

@@ -42,7 +42,7 @@ def sshd(box: Box) -> Iterator[subprocess.Popen[bytes]]:
 
 def watchdogs(box: Box) -> list[int]:
     """The shells that run the watchdog; its short-lived subshells look the same, but not twice."""
-    return [pid for pid in box.processes() if command_line(pid) == "sh bin/watchdog.sh "]
+    return [pid for pid in box.processes() if command_line(pid) == "sh bin/watchdog.sh - "]
 
 
 def test_onstart_returns_at_once_and_leaves_nothing_that_holds_its_output(box: Box, onstart: str) -> None:

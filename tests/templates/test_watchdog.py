@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from selfhost_cli import payload
-from tests.templates.box import Box, Market, eventually
+from selfhost_cli import install, payload
+from tests.templates.box import Box, Market, command_line, eventually
 
 DELETE = ("DELETE", "/api/v0/instances/4711/", "{}")
 LIMITS = {
@@ -35,6 +35,31 @@ def net_dev(**interfaces: tuple[float, float]) -> str:
 Watch = Callable[..., None]
 
 
+def plain(box: Box) -> dict[str, str]:
+    """The environment of an ssh session: nothing of the market's."""
+    return {"HOME": str(box.home), "PATH": box.env["PATH"]}
+
+
+def watchdogs(box: Box) -> list[int]:
+    return [pid for pid in box.processes() if command_line(pid) == "sh bin/watchdog.sh - "]
+
+
+def loops(box: Box) -> list[int]:
+    """What starts a watchdog again."""
+    return [pid for pid in box.processes() if command_line(pid).startswith("sh -c until ")]
+
+
+def only_watchdog(box: Box, besides: int = 0) -> int:
+    """The pid of the one that lives, once it is not `besides`; its subshells look the same for a moment."""
+
+    def alone() -> bool:
+        pid = box.text("run/watchdog.pid")
+        return pid not in ("", str(besides)) and watchdogs(box) == [int(pid)] and len(loops(box)) == 1
+
+    eventually(alone)
+    return int(box.text("run/watchdog.pid"))
+
+
 @pytest.fixture
 def watch(box: Box) -> Iterator[Watch]:
     """Starts the watchdog with these limits over the harmless ones."""
@@ -42,17 +67,19 @@ def watch(box: Box) -> Iterator[Watch]:
 
     def start(**env: str) -> None:
         box.run.mkdir(parents=True, exist_ok=True)
-        (box.dir / "bin").mkdir(exist_ok=True)
+        for folder in ("bin", "log"):
+            (box.dir / folder).mkdir(exist_ok=True)
         values = {**box.env, **LIMITS, **env}
         lines = (f"{k}='{v}'\n" for k, v in values.items() if k.startswith(("CONTAINER", "SELFHOST")))
         (box.run / "box.env").write_text("".join(lines))
         script = box.dir / "bin/watchdog.sh"
         script.write_bytes(payload.strip(payload.script("watchdog.sh")))
-        (box.root / "net_dev").write_text(net_dev(eth0=(0, 0)))
-        plain = {"HOME": str(box.home), "PATH": box.env["PATH"]}
-        log = (box.path / "watchdog.log").open("wb")
-        with log:
-            started.append(subprocess.Popen(["sh", str(script)], env=plain, stdout=log, stderr=log))
+        if not (box.root / "net_dev").exists():
+            (box.root / "net_dev").write_text(net_dev(eth0=(0, 0)))
+        with (box.path / "watchdog.log").open("ab") as log:
+            started.append(
+                subprocess.Popen(["sh", "bin/watchdog.sh"], cwd=box.dir, env=plain(box), stdout=log, stderr=log)
+            )
 
     yield start
     for process in started:
@@ -170,6 +197,63 @@ def test_an_unreadable_traffic_table_does_not_disarm_the_other_caps(box: Box, ma
     eventually(lambda: DELETE in market.calls)
 
 
+def test_the_bytes_from_before_a_restart_of_the_container_are_not_forgotten(
+    box: Box, market: Market, watch: Watch
+) -> None:
+    def counted() -> str:
+        return box.text("run/watch").partition(" ")[0]
+
+    watch(SELFHOST_MAX_DOLLARS="0.90", SELFHOST_DPH="0")
+    table = box.root / "net_dev"
+    table.write_text(net_dev(eth0=(40, 5)))
+    eventually(lambda: counted() == "40000000000/5000000000/40000000000/5000000000")
+    box.kill_all()
+    table.write_text(net_dev(eth0=(1, 0)))
+    watch(SELFHOST_MAX_DOLLARS="0.90", SELFHOST_DPH="0")
+    eventually(lambda: counted() == "41000000000/5000000000/1000000000/0")
+    table.unlink()  # read at no look: nothing is counted, or forgotten
+    ticks(box, market)
+    table.write_text(net_dev(eth0=(21, 10)))
+    eventually(lambda: counted().startswith("61000000000/15000000000/"))
+    assert DELETE not in market.calls
+    table.write_text(net_dev(eth0=(22, 10)))
+    eventually(lambda: DELETE in market.calls)
+    assert box.text("run/verdict").startswith("money cap: $0.9")
+
+
+def test_what_it_measures_is_there_to_be_read(box: Box, market: Market, watch: Watch) -> None:
+    box.run.mkdir(parents=True)
+    (box.run / "started").write_text(str(int(time.time()) - 3600))
+    age(box, "lease", 40)
+    age(box, "ready", 900)
+    watch()
+    up, lease, idle, dollars, *rest = eventually(lambda: box.text("run/watch").split()[1:])
+    assert 3600 <= int(up) < 3700
+    assert 40 <= int(lease) < 140
+    assert 900 <= int(idle) < 1000
+    assert float(dollars) == pytest.approx(0.40, rel=0.05)
+    assert rest == []
+    age(box, "activity", 0)
+    eventually(lambda: int(box.text("run/watch").split()[3]) < 100)
+    age(box, "lease", 1100)
+    eventually(lambda: DELETE in market.calls)
+    assert " lease not renewed for 1" in box.text("run/watch")
+
+
+def test_a_full_disk_costs_neither_the_count_nor_the_verdict(box: Box, market: Market, watch: Watch) -> None:
+    box.run.mkdir(parents=True)
+    (box.run / "watch.new").symlink_to("/dev/full")
+    watch(SELFHOST_MAX_DOLLARS="0.90", SELFHOST_DPH="0")
+    table = box.root / "net_dev"
+    table.write_text(net_dev(eth0=(80, 0)))
+    ticks(box, market)
+    table.write_text(net_dev(eth0=(5, 0)))
+    ticks(box, market)
+    assert DELETE not in market.calls
+    table.write_text(net_dev(eth0=(15, 0)))
+    eventually(lambda: market.count("DELETE", "{}") > 1)
+
+
 def test_without_limits_the_defaults_hold(box: Box, market: Market, watch: Watch) -> None:
     watch(**dict.fromkeys(LIMITS, ""))
     eventually(lambda: box.text("run/armed"))
@@ -248,6 +332,74 @@ def test_the_verdict_stands_even_when_the_lease_is_renewed(box: Box, market: Mar
     (box.run / "lease").touch()
     seen = market.count("DELETE", "{}")
     eventually(lambda: market.count("DELETE", "{}") > seen + 1)
+
+
+def test_the_verdict_stands_even_when_the_watchdog_is_another_one(box: Box, market: Market, watch: Watch) -> None:
+    market.status = lambda method, body: 503 if method == "DELETE" else 200
+    watch()
+    age(box, "lease", 1100)
+    eventually(lambda: box.text("run/verdict"))
+    box.kill_all()
+    (box.run / "lease").touch()
+    seen = market.count("DELETE", "{}")
+    watch()
+    eventually(lambda: market.count("DELETE", "{}") > seen)
+
+
+def test_a_killed_watchdog_is_started_again(box: Box, market: Market, watch: Watch) -> None:
+    watch()
+    first = only_watchdog(box)
+    started = box.text("run/started")
+    os.kill(first, signal.SIGKILL)
+    only_watchdog(box, besides=first)
+    assert box.text("run/started") == started
+    age(box, "lease", 1100)
+    eventually(lambda: DELETE in market.calls)
+
+
+def kill_watchdog_and_loop(box: Box) -> int:
+    pid = only_watchdog(box)
+    for one in (*loops(box), pid):
+        os.kill(one, signal.SIGKILL)
+    eventually(lambda: not watchdogs(box) and not loops(box))
+    return pid
+
+
+def test_whoever_renews_the_lease_finds_a_dead_watchdog_and_starts_it(box: Box, market: Market, watch: Watch) -> None:
+    def renew() -> str:
+        return box.sh("-c", install.RENEW_LEASE, timeout=5).stdout
+
+    watch()
+    eventually(lambda: box.text("run/watch"))
+    dead = kill_watchdog_and_loop(box)
+    box.env = plain(box)
+    measured = box.text("run/watch")
+    assert renew().strip() == measured.strip()
+    alive = only_watchdog(box, besides=dead)
+    for _ in range(5):
+        renew()
+    assert only_watchdog(box) == alive
+
+
+def test_the_loops_of_engine_and_proxy_start_a_dead_watchdog(box: Box, market: Market, watch: Watch) -> None:
+    watch()
+    dead = kill_watchdog_and_loop(box)
+    box.env = plain(box)
+    box.put_parts()
+    for folder in ("engine/venv", "proxy/venv"):
+        (box.dir / folder).mkdir(parents=True, exist_ok=True)
+    box.sh(str(box.dir / "bin/start.sh"))
+    alive = only_watchdog(box, besides=dead)
+    box.sh(str(box.dir / "bin/stop.sh"))
+    assert only_watchdog(box) == alive
+    age(box, "lease", 1100)
+    eventually(lambda: DELETE in market.calls)
+
+
+def test_of_many_watchdogs_one_stays(box: Box, market: Market, watch: Watch) -> None:
+    for _ in range(8):
+        watch()
+    only_watchdog(box)
 
 
 def test_it_ignores_hangups_and_polite_requests_to_end(box: Box, market: Market, watch: Watch) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from tests.fakes.rental import make_rental
 TOKEN = "the-token-of-the-front"
 LABEL = "selfhost-0123456789-a"
 
-RENTAL = make_rental(LABEL, dph_total=0.34, model="qwen3-coder:30b", context=65_536, instance_id=4711)
+RENTAL = make_rental(
+    LABEL, created_at=time.time(), dph_total=0.34, model="qwen3-coder:30b", context=65_536, instance_id=4711
+)
 
 # Says everything about itself as JSON, and ends as it is told.
 CLAUDE = f"""#!{sys.executable} -IS
@@ -374,9 +377,67 @@ def test_a_reader_that_left_is_no_error_text() -> None:
     assert (ours.returncode, err) == (141, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
+@pytest.mark.parametrize("args", [["--help"], ["status"], ["status", "--json"]])
+def test_an_output_that_cannot_be_written_is_one_sentence(user: User, args: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "selfhost_cli", *args]
+        done = subprocess.run(command, env=user.env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "selfhost: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("", 1, "selfhost: the output cannot be written: No space left on device\n"),
+        ("raise MayBeBilling('Box 7 runs.')", 5, "selfhost: Box 7 runs.\n"),
+    ],
+)
+def test_what_is_still_to_be_written_at_the_end_counts_unless_there_is_worse_news(
+    end: str, code: int, said: str
+) -> None:
+    script = "import sys; from selfhost_cli.cli.entry import boundary; from selfhost_cli.errors import MayBeBilling\n"
+    script += f"def action():\n    print('text')\n    {end}\n    return 0\nsys.exit(boundary(action))"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 def test_remarks_to_nobody_are_no_error() -> None:
     code = "import os; from selfhost_cli.cli.words import say; os.close(2); say('hello')"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("json_too", [[], ["--json"]])
+@pytest.mark.parametrize(
+    "box",
+    [
+        [],
+        {"status": "[/x]", "usage": [], "components": 7},
+        {"status": {}, "usage": {"repaired_calls": "[/x]"}, "components": []},
+        {"status": "\ud800", "context": [], "components": {"llamacpp": ["[/x]"]}},
+        {"components": {"llamacpp": {"version": "[/x]\ud800", "parameters": {}, "size": "1", "size_vram": []}}},
+    ],
+    ids=repr,
+)
+def test_whatever_a_box_says_of_itself_status_shows_the_rental(user: User, box: object, json_too: list[str]) -> None:
+    user.rent(State.READY).close()
+    with StubFront(TOKEN, {**state(), "/health": (200, {"box": box})}) as front:
+        user.keeper(front)
+        done = user.selfhost("status", *json_too)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "4711" in done.stdout
+
+
+@pytest.mark.parametrize("rentals", [None, [], [7], ["label"], {}])
+def test_a_keeper_that_tells_nothing_of_a_rental_does_not_watch_it(user: User, rentals: object) -> None:
+    user.rent(State.READY).close()
+    with StubFront(TOKEN, {"state": (200, {"rentals": rentals})}) as front:
+        user.keeper(front)
+        assert "not watched" in user.selfhost("status").stdout
 
 
 def test_the_console_script_takes_the_same_way(user: User) -> None:

@@ -133,7 +133,7 @@ def test_a_home_that_cannot_be_written_is_an_error(box: Box, remote: RemoteFake)
 def test_the_files_of_a_spec_are_the_shipped_ones() -> None:
     files = install.files(SPEC)
     assert set(files) == {
-        "bin/install.sh", "bin/start.sh", "bin/stop.sh", "bin/llamacpp.py", "bin/ollama.py",
+        "bin/install.sh", "bin/start.sh", "bin/stop.sh", "bin/limits.sh", "bin/llamacpp.py", "bin/ollama.py",
         "bin/proxy.zip", "run/install.env",
     }  # fmt: skip
     assert files["bin/install.sh"] == (payload.script("install.sh"), 0o700)
