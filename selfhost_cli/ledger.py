@@ -104,6 +104,17 @@ class Ledger:
         if answer != "ok":
             raise _broken(self.path, answer)
 
+    def vouches(self) -> bool:
+        """Whether it knows all that this installation ever rented. A new one in the place of a lost one does not."""
+        query = "SELECT EXISTS (SELECT 1 FROM rentals) OR EXISTS (SELECT 1 FROM events WHERE kind = 'complete')"
+        return bool(self._rows(query)[0][0])
+
+    def vouch(self) -> None:
+        """Record that the market was asked, for longer than its list can lag, and has nothing that is not in here."""
+        if not self.vouches():
+            with self._transaction() as db:
+                self._note(db, "", "complete", "")
+
     def intend(self, rental: Rental) -> None:
         """Commit the intent, before the paid call. Raises Superseded while another rental is unfinished."""
         with self._transaction() as db:

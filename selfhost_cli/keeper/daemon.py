@@ -10,16 +10,17 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 from aiohttp import web
 
-from selfhost_cli import __version__, attach, config, lifecycle
+from selfhost_cli import __version__, attach, config, countdown
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import SelfhostError
 from selfhost_cli.keeper import wiring
+from selfhost_cli.keeper.deadlines import Deadlines, Work, outlived
 from selfhost_cli.keeper.links import Line, Link
 from selfhost_cli.ledger import Ledger, Usage
 from selfhost_cli.lock import ProcessLock
@@ -27,9 +28,6 @@ from selfhost_cli.model import Endpoint, Event, Rental, State
 from selfhost_cli.proxy import front
 
 TICK_S = 1.0
-STUCK_ENDING_S = 60.0
-UNREACHABLE_S = 10.0
-RETRY_S = 20.0
 IDLE_EXIT_S = 3.0
 PORTS = 50
 
@@ -59,8 +57,8 @@ class _Keeper:
         self._up = ProcessLock(settings.paths.up_lock)
         self._links: dict[str, Link] = {}
         self._rentals: list[Rental] = []
-        self._since: dict[tuple[str, str], float] = {}
-        self._tried: dict[str, float] = {}
+        self._deadlines = Deadlines(settings)
+        self._warnings = countdown.Warnings()
         self._stop = asyncio.Event()
         # One worker: whatever ends boxes does so one after the other, with a ledger of its own thread.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="ending")
@@ -105,6 +103,7 @@ class _Keeper:
             self._read()
             self._relink()
             self._end_what_nobody_uses()
+            self._warn()
         except SelfhostError as error:
             log.error("%s", error.message)
 
@@ -143,48 +142,25 @@ class _Keeper:
         return box.endpoints if box else ()
 
     def _end_what_nobody_uses(self) -> None:
-        up_gone = self._up.holder() is None
-        minutes = self._settings.boot_timeout + self._settings.install_timeout + self._settings.orphan
         for rental in self._rentals:
-            unready = rental.state in (State.CREATING, State.BOOTING, State.INSTALLING)
-            if self._lasts(rental, "orphaned", unready and up_gone, self._settings.orphan * 60):
-                self._later(rental, self._end_orphan)
-            elif self._lasts(rental, "unready", unready, minutes * 60):
-                self._later(rental, _end_stuck)
-            elif self._lasts(rental, "ending", rental.state is State.ENDING, STUCK_ENDING_S):
-                self._later(rental, _finish)
-            elif rental.state is State.READY and self._unreachable(rental):
-                self._later(rental, _settle)
+            link = self._links.get(rental.label)
+            if work := self._deadlines.due(rental, link.down_since if link else None):
+                self._worker.submit(self._work, work, rental)
 
-    def _end_orphan(self, books: lifecycle.Books, rental: Rental) -> None:
-        """Asked once more, because loading the SDK took a moment in which a new `up` may have taken over."""
-        if self._up.holder() is None:
-            _end(books, rental, "its `selfhost up` is gone")
-
-    def _unreachable(self, rental: Rental) -> bool:
-        link = self._links.get(rental.label)
-        down_since = link.down_since if link else None
-        return down_since is not None and time.monotonic() - down_since > UNREACHABLE_S
+    def _warn(self) -> None:
+        """Before a cap or idleness ends a box: in the log, as in `status`."""
+        for rental in self._rentals:
+            link = self._links.get(rental.label)
+            if link and link.heard and rental.state is State.READY:
+                ends = countdown.countdowns(rental, link.heard, now=time.time())
+                for text in self._warnings.due(rental, ends):
+                    log.warning("%s", text)
 
     def _needs_us(self, rental: Rental) -> bool:
         link = self._links.get(rental.label)
         return (link is not None and link.down_since is None) or not outlived(rental, time.time())
 
-    def _lasts(self, rental: Rental, what: str, holds: bool, seconds: float) -> bool:
-        """Whether something has held for so long without a break."""
-        key = (rental.label, what)
-        if not holds:
-            self._since.pop(key, None)
-            return False
-        return time.monotonic() - self._since.setdefault(key, time.monotonic()) > seconds
-
-    def _later(self, rental: Rental, work: Callable[[lifecycle.Books, Rental], object]) -> None:
-        if time.monotonic() - self._tried.get(rental.label, float("-inf")) < RETRY_S:
-            return
-        self._tried[rental.label] = time.monotonic()
-        self._worker.submit(self._work, work, rental)
-
-    def _work(self, work: Callable[[lifecycle.Books, Rental], object], rental: Rental) -> None:
+    def _work(self, work: Work, rental: Rental) -> None:
         try:
             with closing(Ledger(self._settings.paths.ledger)) as ledger:
                 work(wiring.books(self._settings, ledger, _log_event), rental)
@@ -253,33 +229,6 @@ class _Keeper:
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump({"pid": os.getpid(), "port": port, "version": __version__}, file)
         draft.replace(path)
-
-
-def outlived(rental: Rental, now: float) -> bool:
-    """Whether the box's own watchdog must have ended it by its hard cap an hour ago.
-
-    When the market does not answer either, a keeper can do no more for it; the next command starts another one.
-    """
-    return now - (rental.sent_at or rental.created_at) > rental.caps.max_s + 3600
-
-
-def _end(books: lifecycle.Books, rental: Rental, reason: str) -> None:
-    log.warning("ending %s: %s", rental, reason)
-    # advance, not end: whoever moved the rental on meanwhile knows better
-    lifecycle.finish(books, books.ledger.advance(rental, State.ENDING, reason=reason))
-
-
-def _end_stuck(books: lifecycle.Books, rental: Rental) -> None:
-    _end(books, rental, "it did not get ready in time")
-
-
-def _finish(books: lifecycle.Books, rental: Rental) -> None:
-    lifecycle.finish(books, rental)
-
-
-def _settle(books: lifecycle.Books, rental: Rental) -> None:
-    if lifecycle.settle(books, rental):
-        log.warning("%s has ended by itself", rental)
 
 
 def _log_event(event: Event) -> None:

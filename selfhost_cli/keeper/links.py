@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from selfhost_cli import install
+from selfhost_cli import countdown, install
 from selfhost_cli.errors import SelfhostError
 from selfhost_cli.model import Endpoint, Rental
 from selfhost_cli.remote import ConnectionLost, Result
@@ -53,6 +53,8 @@ class Link(threading.Thread):
         self.reason = ""
         self.port: int | None = None
         self.down_since: float | None = time.monotonic()
+        self.heard: countdown.Measured | None = None
+        """What the box's watchdog measured when the lease was last renewed."""
         self._open_line = open_line
         self._endpoints = endpoints
         self._stopping = threading.Event()
@@ -111,6 +113,7 @@ class Link(threading.Thread):
                 return
             if answer.code != 0:
                 log.warning("box %s: the lease cannot be renewed: %s", self.rental.instance_id, answer.err.strip())
+            self.heard = countdown.parse(answer.out)
             state = "up" if line.port else "installing"
             if self.state != state:
                 log.info("box %s: %s, local port %s", self.rental.instance_id, state, line.port)

@@ -26,12 +26,13 @@ from selfhost_cli.errors import (
     UsageError,
 )
 from selfhost_cli.ledger import LedgerBroken
-from selfhost_cli.lifecycle.ending import check_market, down, finish, headline, prove, settle
+from selfhost_cli.lifecycle.ending import check_market, down, finish, headline, lost_ledger, prove, settle
 from selfhost_cli.lifecycle.renting import create, make_plan, preflight
 from selfhost_cli.lifecycle.steps import advance, check_health
 from selfhost_cli.lifecycle.world import SIMULATED, Books, Ended, Keeper, Plan, Report, World
 from selfhost_cli.lock import ProcessLock
-from selfhost_cli.model import Event, Rental, State
+from selfhost_cli.model import Event, Instance, Rental, State
+from selfhost_cli.wait import Pending, until
 
 CREATE_PAUSE_S = 5.0
 """Between two paid calls: the market's own limit is 4.5 s."""
@@ -64,6 +65,7 @@ def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = Tr
 
 def _unfinished(world: World) -> Rental | None:
     """The rental to go on with, after those that were to end have been ended."""
+    lost, began = lost_ledger(world), world.clock.monotonic()
     check_market(world, world.ledger.live())
     for rental in world.ledger.live():
         if rental.state is State.ENDING:
@@ -72,12 +74,21 @@ def _unfinished(world: World) -> Rental | None:
             settle(world, rental)
     live = world.ledger.live()
     known = {rental.label for rental in live}
-    unknown = [box for box in world.provider.instances(world.prefix) if box.label not in known]
+
+    def look() -> list[Instance] | Pending:
+        unknown = [box for box in world.provider.instances(world.prefix) if box.label not in known]
+        if unknown or not lost or world.clock.monotonic() - began >= world.settings.listing_lag:
+            return unknown
+        return Pending("the ledger is new, and a box of an older one may still appear in the market's list")
+
+    every, limit = world.settings.poll, world.settings.listing_lag + 60
+    unknown = until(look, what="the market's list", seconds=limit, every=every, clock=world.clock)
     if unknown:
         raise MayBeBilling(
             f"box {unknown[0].id} (${unknown[0].dph_total:.2f}/h) carries our label, but the ledger does not know it",
             "End it with `selfhost down`.",
         )
+    world.ledger.vouch()
     return live[0] if live else None
 
 
@@ -127,7 +138,9 @@ def _clean_up(world: World, cause: BaseException) -> None:
         try:
             rentals = world.ledger.live()
             for rental in rentals:
-                world.ledger.end(rental.label, reason, blameless=isinstance(cause, NotServable | NotSetUp))
+                world.ledger.end(
+                    rental.label, reason, blameless=isinstance(cause, NotServable | NotSetUp | MarketError)
+                )
             if not rentals:
                 return  # nothing was sent, or the market said no
         except LedgerBroken as error:

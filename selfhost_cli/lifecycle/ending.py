@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 
 from selfhost_cli.errors import (
     KeyRefused,
@@ -33,12 +34,17 @@ def down(books: Books, *, everything: bool = False) -> Ended:
         lock.acquire()  # a second `down` beside us does no harm: everything here may be done twice
         rentals, broken = _record_ending(books)
         check_market(books, rentals)
-        lost = books.ledger.fresh and (books.settings.paths.config / "installation").exists()
+        lost = lost_ledger(books)
         stopped = _stop_up(books)
         if not broken:
             rentals = books.ledger.live()
+        elif stopped:  # what was stopped may have been in the middle of a write
+            rentals, broken = _record_ending(books)
+            check_market(books, rentals)
         distrust = bool(broken) or lost or (stopped and not rentals)
         unknown = prove(books, rentals, everything=everything, distrust=distrust)
+        with suppress(LedgerBroken):
+            books.ledger.vouch()
         foreign = () if everything else _others(books)
         return Ended(tuple(_bill(books, rental) for rental in rentals), unknown, foreign, broken)
 
@@ -53,11 +59,23 @@ def finish(books: Books, rental: Rental) -> Invoice:
 def settle(books: Books, rental: Rental) -> bool:
     """Whether a box has ended by itself (its watchdog, its host): recorded only when the market's list proves it."""
     check_market(books, [rental])
+    if _young(rental, books.settings.listing_lag, books.clock.time()):
+        return False  # not being listed proves nothing yet
     if any(box.id == rental.instance_id for box in books.provider.instances(rental.label)):
         return False
     books.ledger.end(rental.label, "the box ended by itself")
     finish(books, rental)
     return True
+
+
+def lost_ledger(books: Books) -> bool:
+    """Whether there was a ledger before this one, which nobody could ask. Ask before anything asks for the prefix."""
+    try:
+        if not (books.settings.paths.config / "installation").exists():
+            books.ledger.vouch()  # no box can carry a prefix that was never made
+        return not books.ledger.vouches()
+    except LedgerBroken:
+        return True
 
 
 def _record_ending(books: Books) -> tuple[list[Rental], str]:

@@ -191,11 +191,14 @@ def _eventually_forgotten(stage: Stage) -> str:
 
 
 def test_an_idle_box_ends_itself_while_the_keeper_lives(make_stage: MakeStage) -> None:
-    stage = make_stage(idle=0.1)
+    stage = make_stage(idle=0.2)
     stage.up()
     until(lambda: stage.billed == 0, 45)
     until(lambda: state(stage) is None, 60)
     stage.wait_for_keeper_to_end()
+    assert "0.2 min without a request. To move that: a request does, or `selfhost extend" in (
+        stage.paths.keeper_log.read_text()
+    )
 
 
 def test_the_hours_cap_ends_the_box(make_stage: MakeStage) -> None:

@@ -61,6 +61,14 @@ def test_a_link_comes_up_and_renews_the_lease(make_link: Callable[..., Link], bo
     until(lambda: lease.stat().st_mtime_ns > before)
 
 
+def test_with_the_lease_comes_what_the_watchdog_measured(make_link: Callable[..., Link], box: Box) -> None:
+    (box.home / ".selfhost" / "run" / "watch").write_text("1/2/1/2 3600 4 120 0.4500\n")
+    link = make_link()
+    until(lambda: link.state == "up")
+    assert link.heard
+    assert (link.heard.up_s, link.heard.idle_s, link.heard.dollars) == (3600, 120, 0.45)
+
+
 def test_the_lease_is_renewed_while_there_is_no_proxy_to_forward_to(make_link: Callable[..., Link], box: Box) -> None:
     lease = box.home / ".selfhost" / "run" / "lease"
     lease.unlink(missing_ok=True)

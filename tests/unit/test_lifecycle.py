@@ -383,6 +383,7 @@ def test_down_wins_over_an_up_in_the_middle(stage: Stage) -> None:
 
 def test_up_notices_that_the_ready_box_has_ended_by_itself(stage: Stage) -> None:
     stage.up()
+    stage.clock.now += 120  # so long the list may lag
     stage.market.boxes.clear()
     rental = lifecycle.up(stage.world, lambda plan: True)
     assert rental.instance_id == 5002
@@ -392,6 +393,7 @@ def test_up_notices_that_the_ready_box_has_ended_by_itself(stage: Stage) -> None
 def test_settle_records_an_end_only_when_the_list_proves_it(stage: Stage) -> None:
     rental = lifecycle.up(stage.world, lambda plan: True)
     assert not lifecycle.settle(stage.world, rental)
+    stage.clock.now += 120  # so long the list may lag
     stage.market.boxes.clear()
     assert lifecycle.settle(stage.world, rental)
     assert stage.ledger.live() == []
@@ -702,6 +704,57 @@ def test_a_machine_is_not_blamed_for_what_no_machine_could_do(stage: Stage) -> N
         stage.up()
     stage.box.install_code = 0
     assert lifecycle.up(stage.world, lambda plan: True).machine_id == 1
+
+
+def test_a_machine_is_not_blamed_for_a_market_that_does_not_answer(stage: Stage) -> None:
+    def before(verb: str) -> None:
+        if verb == "attach_key":
+            raise MarketUnreachable("the market cannot be reached")
+
+    stage.market.before = before
+    with pytest.raises(MarketUnreachable):
+        stage.up()
+    stage.market.before = lambda verb: None
+    assert lifecycle.up(stage.world, lambda plan: True).machine_id == 1
+
+
+def test_a_ledger_that_was_lost_refuses_even_when_the_list_lags(stage: Stage) -> None:
+    stage.market.listing_lag = 40.0
+    stage.up()
+    stage.ledger.close()
+    stage.world.settings.paths.ledger.unlink()
+    world = replace(stage.world, ledger=Ledger(stage.world.settings.paths.ledger))
+    with pytest.raises(MayBeBilling, match="does not know it"):
+        lifecycle.up(world, lambda plan: True)
+    assert stage.market.creates == 1
+
+
+def test_a_down_that_was_interrupted_does_not_make_a_new_ledger_vouch(stage: Stage) -> None:
+    stage.market.listing_lag = 40.0
+    stage.up()
+    stage.ledger.close()
+    stage.world.settings.paths.ledger.unlink()
+    world = replace(stage.world, ledger=Ledger(stage.world.settings.paths.ledger))
+    interrupt_once(stage, "instances")
+    with pytest.raises((MayBeBilling, KeyboardInterrupt)):
+        lifecycle.down(world)
+    lifecycle.down(replace(world, ledger=Ledger(stage.world.settings.paths.ledger)))
+    assert stage.billed == 0
+
+
+def test_without_a_box_and_without_a_market_every_down_says_so_at_once(stage: Stage) -> None:
+    stage.market.unreachable = 10
+    before = stage.clock.time()
+    for _ in range(2):
+        with pytest.raises(MarketUnreachable):
+            stage.down()
+    assert stage.clock.time() == before
+
+
+def test_a_young_box_that_the_list_lacks_is_reused_and_not_given_up(stage: Stage) -> None:
+    stage.market.listing_lag = 40.0
+    assert stage.up() == stage.up()
+    assert stage.market.creates == 1
 
 
 def test_a_gpu_that_is_not_used_may_be_the_machines_fault(stage: Stage) -> None:

@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["check", "demo", "format", "ollama", "peers", "record-demo", "setup", "test", "test-long", "test-ollama"]
+COMMANDS = [
+    "check",
+    "crash-matrix",
+    "demo",
+    "format",
+    "ollama",
+    "peers",
+    "record-demo",
+    "setup",
+    "test",
+    "test-long",
+    "test-ollama",
+]
 SCRIPTS = [ROOT / "scripts" / name for name in [*COMMANDS, "lib.sh"]] + [ROOT / ".ci" / "run"]
 
 
