@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/losses.py [--json] [--only shapes|tasks] [--cache DIR]
 
 One server of the real Ollama (scripts/ollama builds it), with a small model at temperature 0, is asked the same things
-twice: at its own /v1/messages, and at the proxy's as a box runs it. `shapes` are five losses asked for directly;
-`tasks` are ten one-step tool tasks of the real Claude Code, launched the same way on both sides.
+twice: at its own /v1/messages, and at the proxy's as a box runs it. `shapes` are losses asked for directly; `tasks` are
+ten one-step tool tasks of the real Claude Code, launched the same way, in the same folder, on both sides. Takes ten
+minutes on two quiet cores; a task is ended after four.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,8 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 CONTEXT = 8192
+PATIENCE = 240
+"""Seconds for one task."""
 TOKEN = "losses-token"
 TINY, CODER, NATIVE = "qwen-tiny", "qwen-coder", "qwen-native"
 
@@ -48,22 +52,36 @@ MODELFILES = {TINY: registry.MODELFILE.read_text("utf-8"), CODER: CODER_MODELFIL
 
 
 @dataclass(frozen=True)
+class Share:
+    lost: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.lost} of {self.of}"
+
+
+@dataclass(frozen=True)
 class Loss:
-    """How often something was lost on either side, of how many; `why` is what was seen, where that says more."""
+    """How much of something was lost on either side. Without a goal it is the model's doing, shown beside the rest."""
 
     what: str
-    of: int
-    raw: int
-    ours: int
-    unit: str = ""
-    why: str = ""
+    raw: Share
+    ours: Share
+    unit: str = "times"
+    goal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.what}: raw {self.raw}, ours {self.ours}"
+
+    @property
+    def met(self) -> bool | None:
+        return self.ours.lost == 0 if self.goal else None
 
     def figures(self) -> list[Figure]:
-        name = f"{self.what}, of {self.of}{self.unit and ' ' + self.unit}"
-        unit = self.unit or "times"
+        goal = 0 if self.goal else None
         return [
-            Figure(f"{name}: ours", self.ours, unit, 0, 0, self.ours == 0),
-            Figure(f"{name}: raw Ollama", self.raw, unit, 0, None, None),
+            Figure(f"{self.what}, of {self.ours.of}: ours", self.ours.lost, self.unit, 0, goal, self.met),
+            Figure(f"{self.what}, of {self.raw.of}: raw Ollama", self.raw.lost, self.unit, 0, None, None),
         ]
 
 
@@ -93,6 +111,7 @@ def main() -> None:
     if not (built := assets.built_ollama(options.cache)):
         sys.exit("the real Ollama is not built: run scripts/ollama")
     made = assets.ensure(options.cache, lambda line: None)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
     with tempfile.TemporaryDirectory(prefix="selfhost-losses-") as place:
         losses = measure(Path(place), built / "bin" / "ollama", made, options.only)
     if options.json:
@@ -114,16 +133,16 @@ def measure(place: Path, program: Path, made: assets.Assets, only: str | None) -
             for model in (TINY, CODER):
                 with proxied(place, raw, model) as ours:
                     losses += tasks(place, made.claude, model, raw, ours)
-                    for loss in losses[-3:]:
+                    for loss in losses[-4:]:
                         say(f"{loss}")
     return losses
 
 
 def table(losses: Sequence[Loss]) -> str:
-    rows = [("lost", "of", "raw Ollama", "ours", "")]
-    for loss in sorted(losses, key=lambda loss: not loss.ours):
-        verdict = "MISSED" if loss.ours else "met"
-        rows.append((loss.what, f"{loss.of} {loss.unit}".strip(), str(loss.raw), str(loss.ours), verdict))
+    rows = [("lost", "raw Ollama", "ours", "")]
+    for loss in sorted(losses, key=lambda loss: (loss.met is None, loss.met)):
+        verdict = {True: "met", False: "MISSED", None: ""}[loss.met]
+        rows.append((loss.what, str(loss.raw), str(loss.ours), verdict))
     return columns(rows)
 
 
@@ -148,7 +167,7 @@ TOOLS = [tool("Read", "file_path"), tool("Write", "file_path", "content")]
 SYSTEM = "You are a coding assistant. Use the tools."
 FILES = ("/tmp/a.txt", "/etc/hosts", "/srv/notes.md", "README.md", "/var/log/app.log")
 FROBNICATE = '```json\n{"name": "Frobnicate", "arguments": {"x": 1}}\n```'
-A_CALL = re.compile(r"<function=\w+>|<tool_call>|\"name\"\s*:\s*\"(?:Read|Write|Bash)\"")
+NEEDED = {"Read": ["file_path"], "Write": ["file_path", "content"], "Bash": ["command"]}
 
 
 def body(model: str, messages: list[Json], **more: Any) -> Json:
@@ -167,8 +186,28 @@ def leaked_with_more(raw: Side, ours: Side) -> Loss:
 
 
 def leaks(what: str, raw: Side, ours: Side, tools: Sequence[Json]) -> Loss:
-    asked = [body(CODER, user(f"Read the file {name}."), system=SYSTEM, tools=tools) for name in FILES]
-    return compare(what, raw, ours, asked, lambda side, request: looks_like_a_call(side.message(request)))
+    needed = {tool["name"]: tool["input_schema"]["required"] for tool in tools}
+
+    def share(side: Side) -> Share:
+        asked = (body(CODER, user(f"Read the file {name}."), system=SYSTEM, tools=tools) for name in FILES)
+        blocks = [block for request in asked for block in side.message(request)["content"] or []]
+        lost = leaked_calls(blocks, needed)
+        return Share(lost, lost + sum(block["type"] == "tool_use" for block in blocks))
+
+    return Loss(what, share(raw), share(ours))
+
+
+def leaked_calls(blocks: Sequence[Json], needed: Mapping[str, Sequence[str]]) -> int:
+    """Texts in which a tool that there is is called in some form, with all that it needs, however badly."""
+
+    def called(text: str) -> bool:
+        for name, keys in needed.items():
+            found = re.search(rf"<function={name}>|\"name\"\s*:\s*\"{name}\"", text)
+            if found and all(re.search(rf"\b{key}\b", text[found.end() :]) for key in keys):
+                return True
+        return False
+
+    return sum(block["type"] == "text" and called(block["text"]) for block in blocks)
 
 
 def swallowed(raw: Side, ours: Side) -> Loss:
@@ -181,6 +220,19 @@ def swallowed(raw: Side, ours: Side) -> Loss:
         ours,
         asked,
         lambda side, request: is_empty(side.message(request)),
+    )
+
+
+def unheard(raw: Side, ours: Side) -> Loss:
+    """A system message behind the first one of the user, where Claude Code sends what it knows of the folder."""
+    asked = body(CODER, user("Hello."), system=SYSTEM) | {"max_tokens": 1}
+    more = asked | {"messages": [*user("Hello."), {"role": "system", "content": "The folder is /srv/app."}]}
+    return compare(
+        "system messages behind the first message left out of the prompt",
+        raw,
+        ours,
+        [more],
+        lambda side, request: prompt(side.message(request)) == prompt(side.message(asked)),
     )
 
 
@@ -218,13 +270,15 @@ def halved(raw: Side, ours: Side) -> Loss:
         sys.exit(f"too long a prompt was answered with {refused.status_code}: {refused.text[:200]}")
     tokens = int(found[1])
     lost = 0 if cut.status_code >= 400 else tokens - prompt(cut.json())
-    why = f"raw {cut.status_code} for {tokens - lost} tokens of it, ours {refused.status_code} {told!r}"
-    return Loss("tokens of too long a prompt cut without a word", tokens, lost, 0, "tokens", why)
+    say(f"raw {cut.status_code} for {tokens - lost} of {tokens} tokens, ours {refused.status_code} {told!r}")
+    what = "tokens of too long a prompt cut without a word"
+    return Loss(what, Share(lost, tokens), Share(0, tokens), "tokens")
 
 
 SHAPES: list[tuple[str, Callable[[Side, Side], Loss]]] = [
     (CODER, leaked),
     (CODER, leaked_with_more),
+    (CODER, unheard),
     (TINY, swallowed),
     (TINY, endless),
     (NATIVE, retried),
@@ -233,12 +287,10 @@ SHAPES: list[tuple[str, Callable[[Side, Side], Loss]]] = [
 
 
 def compare(what: str, raw: Side, ours: Side, asked: Sequence[Json], lost: Callable[[Side, Json], bool]) -> Loss:
-    counts = [sum(lost(side, request) for request in asked) for side in (raw, ours)]
-    return Loss(what, len(asked), counts[0], counts[1])
+    def share(side: Side) -> Share:
+        return Share(sum(lost(side, request) for request in asked), len(asked))
 
-
-def looks_like_a_call(message: Json) -> bool:
-    return any(A_CALL.search(block.get("text", "")) for block in message["content"] or [])
+    return Loss(what, share(raw), share(ours))
 
 
 def is_empty(message: Json) -> bool:
@@ -271,7 +323,8 @@ class Outcome:
     calls: int = 0
     lost: int = 0
     empty: int = 0
-    undone: int = 0
+    uncalled: int = 0
+    unsolved: int = 0
 
 
 WORDS = {"note.txt": "walnut42", "plan.md": "harbor17", "config.ini": "pepper88", "list.csv": "thunder63"}
@@ -308,45 +361,56 @@ TASKS = [
 
 
 def tasks(place: Path, program: Path, model: str, raw: Side, ours: Side) -> list[Loss]:
-    seen = {}
-    for side in (raw, ours):
-        seen[side.name] = outcome = Outcome()
-        for number, task in enumerate(TASKS):
-            folder = place / f"{model}-{side.name}-{number}"
-            folder.mkdir()
-            for name, word in WORDS.items():
-                (folder / name).write_text(f"The secret word is {word}.\n")
-            attempt(outcome, side, program, model, folder, task)
-    one, other = seen["raw"], seen["ours"]
+    one, other = (outcome(place, program, model, side) for side in (raw, ours))
     name = {TINY: "the demo's format", CODER: "qwen3-coder's format"}[model]
+
+    def loss(what: str, share: Callable[[Outcome], Share], *, goal: bool = True) -> Loss:
+        return Loss(f"tasks in {name}: {what}", share(one), share(other), goal=goal)
+
     return [
-        Loss(f"Claude Code's tasks, {name}: calls not executed", other.calls, one.lost, other.lost),
-        Loss(f"Claude Code's tasks, {name}: empty answers without a reason", len(TASKS), one.empty, other.empty),
-        Loss(f"Claude Code's tasks, {name}: not done", len(TASKS), one.undone, other.undone),
+        loss("calls made and not executed", lambda side: Share(side.lost, side.calls)),
+        loss("ended empty, without saying why", lambda side: Share(side.empty, len(TASKS))),
+        loss("the model made no call", lambda side: Share(side.uncalled, len(TASKS)), goal=False),
+        loss("not solved", lambda side: Share(side.unsolved, len(TASKS)), goal=False),
     ]
+
+
+def outcome(place: Path, program: Path, model: str, side: Side) -> Outcome:
+    outcome = Outcome()
+    folder = place / "work"
+    for task in TASKS:
+        folder.mkdir()
+        for name, word in WORDS.items():
+            (folder / name).write_text(f"The secret word is {word}.\n")
+        attempt(outcome, side, program, model, folder, task)
+        shutil.rmtree(folder)
+    return outcome
 
 
 def attempt(outcome: Outcome, side: Side, program: Path, model: str, folder: Path, task: Task) -> None:
     began = time.monotonic()
     events = run_claude(side, program, model, folder, task)
     took = time.monotonic() - began
-    blocks = [block for event in events for block in blocks_of(event)]
-    made = [block["id"] for block in blocks if block["type"] == "tool_use"]
-    executed = {block["tool_use_id"] for block in blocks if block["type"] == "tool_result"}
-    leaks = sum(bool(A_CALL.search(block["text"])) for block in blocks if block["type"] == "text")
+    told = [block for event in events if event["type"] == "assistant" for block in blocks_of(event)]
+    answered = [block for event in events if event["type"] == "user" for block in blocks_of(event)]
+    made = [block["id"] for block in told if block["type"] == "tool_use"]
+    executed = {block["tool_use_id"] for block in answered if block["type"] == "tool_result"}
+    leaks = leaked_calls(told, {task.tool: NEEDED[task.tool]})
     results = [event for event in events if event["type"] == "result"]
     said = results[-1].get("result", "") if results else ""
-    done = bool(made) and task.solved(folder, said)
+    solved = bool(made) and task.solved(folder, said)
     outcome.calls += len(made) + leaks
     outcome.lost += leaks + sum(call not in executed for call in made)
-    outcome.empty += any(result["subtype"] == "success" and not said.strip() for result in results)
-    outcome.undone += not done
-    verdict = f"{'done' if done else 'not done'} in {took:.0f} s"
-    say(f"  {model} {side.name} {task.tool} {verdict}, calls {len(made)}, leaked {leaks}: {said[:90]!r}")
+    # Claude Code names the reason of any other end
+    outcome.empty += not results or (results[-1]["subtype"] == "success" and not said.strip())
+    outcome.uncalled += not made and not leaks
+    outcome.unsolved += not solved
+    verdict = f"{'solved' if solved else 'not solved'} in {took:.0f} s"
+    say(f"  {model} {side.name} {task.tool} {verdict}, calls {len(made)}, leaked {leaks}: {said[:500]!r}")
 
 
 def run_claude(side: Side, program: Path, model: str, folder: Path, task: Task) -> list[Json]:
-    """What it told as stream-json, [] when it had to be ended after a minute."""
+    """What it told as stream-json; without its result when it had to be ended."""
     home = folder.parent / "home"
     (home / ".claude").mkdir(parents=True, exist_ok=True)
     words = ["-p", task.prompt.replace("{folder}", str(folder)), "--output-format", "stream-json", "--verbose"]
@@ -363,13 +427,14 @@ def run_claude(side: Side, program: Path, model: str, folder: Path, task: Task) 
             cwd=folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
-            timeout=60,
+            timeout=PATIENCE,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        return []
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        told = done.stdout
+    except subprocess.TimeoutExpired as late:
+        told = late.stdout or b""
+    # the last line may be cut
+    return [json.loads(line) for line in told.splitlines() if line.startswith(b"{") and line.endswith(b"}")]
 
 
 def blocks_of(event: Json) -> list[Json]:

@@ -1,8 +1,9 @@
 """Tool calls that a model wrote as text, found in the stream and made calls again.
 
 A filter over an engine's events. Three things have to hold, or the text stays text, byte for byte: it has the form of a
-call, it fits one of the request's own tools, and nothing but calls follows it to the end of the answer. The last one
-tells a call from an explanation of one, and costs no time, because a model stops after its calls.
+call, it fits one of the request's own tools, and nothing but calls, and results that the model made up, follows it to
+the end of the answer. The last one tells a call from an explanation of one, and costs no time, because a model stops
+after its calls.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ _ECHOES = {
     for word in ("parameter", "required", "description", "type", "additionalProperties")
 }
 """Up to where they go: elements that declare a tool in a prompt, and that a model repeats inside its call."""
+_IN_A_CALL = ("<parameter=", "</parameter>", "</function>", "</tool_call>", "<function=", "<tool_call>", *_ECHOES)
+_RESPONSE_END = re.compile("</tool_response>")
 _BROKEN_TAG = re.compile(r"</?[a-z_]*=?\Z")
 _LONGEST_TAG = len("</additionalProperties>")
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})(.*)")
@@ -249,15 +252,21 @@ class _Attempt:
 
     def _calls(self) -> Reading[list[Call]]:
         calls: list[Call] = []
+        grounded: list[Call] = []
         opened = False
         while True:
             # the model leaves out the opening tag more often than the closing one
-            closing = ("</tool_call>",) if calls and not opened else ()
-            match (yield from self._literal("<tool_call>", "<function=", "{", "```", *closing)):
+            behind = ("</tool_call>", "<tool_response>") if calls and not opened else ()
+            match (yield from self._literal("<tool_call>", "<function=", "{", "```", *behind)):
                 case "<tool_call>":
                     opened = True
                 case "</tool_call>":
                     pass
+                case "<tool_response>":
+                    # made up by the model; and so is the ground for every call behind it
+                    yield from self._until(_RESPONSE_END, len("</tool_response>"))
+                    yield from self._expect("</tool_response>")
+                    grounded = grounded or [*calls]
                 case "<function=":
                     calls.append((yield from self._function(own_line=self._own_line or opened or bool(calls))))
                     opened = False
@@ -269,7 +278,7 @@ class _Attempt:
                 case _:
                     if not calls or opened or self._left:
                         raise _NotACall
-                    return calls
+                    return grounded or calls
             yield from self._blanks()
 
     def _function(self, *, own_line: bool) -> Reading[Call]:
@@ -283,8 +292,7 @@ class _Attempt:
         echoed: list[str] = []
         while True:
             yield from self._blanks()
-            tags = ("<parameter=", "</function>", "</tool_call>", "<function=", "<tool_call>", *_ECHOES)
-            match (yield from self._next(*tags)):
+            match (yield from self._next(*_IN_A_CALL)):
                 case "<parameter=" as tag:
                     self._take(len(tag))
                     key = _new((yield from self._until(_KEY_END, 1)), given, schema)
@@ -295,6 +303,8 @@ class _Attempt:
                         given[_new(found[1], given, schema)] = found[2] or found[3] or ""
                     else:
                         echoed.append(tag + inside)
+                case "</parameter>" as tag:
+                    self._take(len(tag))  # of one that had its value in its tag
                 case "</function>" as tag:
                     self._take(len(tag))
                     break
