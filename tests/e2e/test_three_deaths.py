@@ -70,6 +70,7 @@ def test_without_the_laptop_nothing_is_billed_soon_after_the_lease(make_stage: M
     stage.ask("down")
 
 
+@pytest.mark.long
 def test_the_watchdog_outlives_everything_else_and_its_own_death(make_stage: MakeStage) -> None:
     stage = make_stage(lease=0.2)
     stage.up()
@@ -82,6 +83,7 @@ def test_the_watchdog_outlives_everything_else_and_its_own_death(make_stage: Mak
     stage.ask("down")
 
 
+@pytest.mark.long
 def test_a_renewal_starts_a_watchdog_whose_loop_died_too(make_stage: MakeStage) -> None:
     stage = make_stage(lease=0.2)
     stage.up()
@@ -107,6 +109,7 @@ def test_a_market_that_refuses_the_boxs_key_gets_no_rent(make_stage: MakeStage) 
     assert stage.billed == 0
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_prefill_and_a_queue_that_outlast_the_idle_time_are_work(make_stage: MakeStage) -> None:
     stage = make_stage(idle=0.2)
@@ -143,6 +146,7 @@ def test_a_prefill_and_a_queue_that_outlast_the_idle_time_are_work(make_stage: M
     stage.ask("down")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_extend_moves_the_caps_before_they_end_the_box(make_stage: MakeStage) -> None:
     stage = make_stage(hours=8, max_spend=5)

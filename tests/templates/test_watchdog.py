@@ -203,13 +203,13 @@ def test_the_bytes_from_before_a_restart_of_the_container_are_not_forgotten(
     def counted() -> str:
         return box.text("run/watch").partition(" ")[0]
 
-    watch(SELFHOST_MAX_DOLLARS="0.90", SELFHOST_DPH="0")
+    watch(SELFHOST_MAX_DOLLARS="0.915", SELFHOST_DPH="0")
     table = box.root / "net_dev"
     table.write_text(net_dev(eth0=(40, 5)))
     eventually(lambda: counted() == "40000000000/5000000000/40000000000/5000000000")
     box.kill_all()
     table.write_text(net_dev(eth0=(1, 0)))
-    watch(SELFHOST_MAX_DOLLARS="0.90", SELFHOST_DPH="0")
+    watch(SELFHOST_MAX_DOLLARS="0.915", SELFHOST_DPH="0")
     eventually(lambda: counted() == "41000000000/5000000000/1000000000/0")
     table.unlink()  # read at no look: nothing is counted, or forgotten
     ticks(box, market)
