@@ -55,7 +55,10 @@ def sessions(stage: Stage) -> list[int]:
     return [sshd, *map(int, Path(f"/proc/{sshd}/task/{sshd}/children").read_text().split())]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "cut off"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.long), pytest.param(signal.SIGSTOP, id="cut off")],
+)
 def test_without_the_laptop_nothing_is_billed_soon_after_the_lease(make_stage: MakeStage, how: signal.Signals) -> None:
     stage = make_stage(lease=0.15)
     stage.up()
@@ -97,6 +100,7 @@ def test_a_renewal_starts_a_watchdog_whose_loop_died_too(make_stage: MakeStage) 
     stage.ask("down")
 
 
+@pytest.mark.long
 def test_a_market_that_refuses_the_boxs_key_gets_no_rent(make_stage: MakeStage) -> None:
     stage = make_stage()
     stage.control("faults", fault="key_refused", whose="box", status="403")
@@ -193,6 +197,7 @@ def test_a_box_that_never_started_is_the_next_commands_to_end(make_stage: MakeSt
     assert stage.billed == 0
 
 
+@pytest.mark.long
 def test_a_box_out_of_reach_is_not_extended_and_that_is_said(make_stage: MakeStage) -> None:
     stage = make_stage(hours=8)
     stage.ask("extend", "--hours", "9", code=3)
