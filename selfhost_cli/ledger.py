@@ -64,10 +64,8 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.broken = ""
-        self.fresh = False
-        """Whether there was no file before."""
         try:
-            self.fresh = _create(path)
+            _create(path)
             self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
             opened = os.stat(path)
             self._identity = (opened.st_dev, opened.st_ino)
@@ -80,7 +78,7 @@ class Ledger:
     def in_memory(cls, broken: str) -> Ledger:
         """An empty stand-in for a ledger that cannot be used, for `down`; `broken` says why."""
         ledger = cls.__new__(cls)
-        ledger.path, ledger.broken, ledger.fresh, ledger._identity = Path(":memory:"), broken, True, (0, 0)
+        ledger.path, ledger.broken, ledger._identity = Path(":memory:"), broken, (0, 0)
         ledger._db = sqlite3.connect(":memory:", isolation_level=None)
         ledger._db.executescript(SCHEMA)
         return ledger
@@ -246,15 +244,15 @@ class Ledger:
             raise
 
 
-def _create(path: Path) -> bool:
-    """A ledger without rows, in write-ahead mode and its owner's alone; False when there is one.
+def _create(path: Path) -> None:
+    """A ledger without rows, in write-ahead mode and its owner's alone, unless there is one.
 
     It appears whole or not at all: two processes that switch one file to write-ahead mode at the same moment do not
     wait for each other, one gets "database is locked". One that is there is not even opened here: closing any
     descriptor of it drops the locks that SQLite holds in this process, and another one then takes the log away.
     """
     if path.exists():
-        return False
+        return
     from tempfile import TemporaryDirectory  # only here: this module is on the way of every `selfhost claude`
 
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -264,11 +262,8 @@ def _create(path: Path) -> bool:
             db.execute("PRAGMA synchronous = FULL")
             db.executescript(SCHEMA)
         draft.chmod(0o600)
-        try:
+        with suppress(FileExistsError):  # somebody else was faster
             os.link(draft, path)
-        except FileExistsError:  # somebody else was faster
-            return False
-    return True
 
 
 def _broken(path: Path, why: object) -> SelfhostError:

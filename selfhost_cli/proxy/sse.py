@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from selfhost_cli.proxy import codec
@@ -45,13 +45,6 @@ class Parser:
         elif field == "data":
             self._data.append(value)
         return None
-
-
-async def events(chunks: AsyncIterable[bytes]) -> AsyncIterator[Event]:
-    parser = Parser()
-    async for chunk in chunks:
-        for event in parser.feed(chunk):
-            yield event
 
 
 def encode(event: dict[str, Any]) -> bytes:

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -197,11 +197,19 @@ class Proxy:
     async def stream(self, body: Any = STREAM, **headers: str) -> list[Json]:
         async with self.post(body, **headers) as response:
             assert response.status == 200, await response.text()
-            return [json.loads(event.data) async for event in sse.events(response.content.iter_any())]
+            return [event async for event in streamed(response.content.iter_any())]
 
     async def answer(self, body: Any = HI, **headers: str) -> tuple[int, Json, Any]:
         async with self.post(body, **headers) as response:
             return response.status, await response.json(), response.headers
+
+
+async def streamed(chunks: AsyncIterable[bytes]) -> AsyncIterator[Json]:
+    """The data of a stream's events, as it comes."""
+    parser = sse.Parser()
+    async for chunk in chunks:
+        for event in parser.feed(chunk):
+            yield json.loads(event.data)
 
 
 def as_body(body: Any) -> bytes:

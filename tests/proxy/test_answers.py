@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from selfhost_cli.proxy import sse
 from selfhost_cli.proxy.contract import Request
 from selfhost_cli.proxy.engines.anthropic import AnthropicEngine
 from tests.proxy.kit import (
@@ -29,6 +28,7 @@ from tests.proxy.kit import (
     proxied,
     serving,
     started,
+    streamed,
     text,
     texts,
     types,
@@ -291,7 +291,7 @@ async def test_a_stream_waits_behind_pings_while_the_model_loads(tmp_path: Path,
             stub.refusal = None
             if isinstance(stub, OllamaStub):
                 stub.loaded = "tiny:latest"
-            events = [json.loads(event.data) async for event in sse.events(response.content.iter_any())]
+            events = [event async for event in streamed(response.content.iter_any())]
     assert texts(events) == "Hello there"
 
 

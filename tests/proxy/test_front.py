@@ -33,6 +33,7 @@ from tests.proxy.kit import (
     proxied,
     serving,
     started,
+    streamed,
     text,
     texts,
     types,
@@ -87,7 +88,7 @@ class Front:
     async def stream(self) -> list[dict[str, Any]]:
         async with self.ask("/v1/messages", body=STREAM) as response:
             assert response.status == 200
-            return [json.loads(event.data) async for event in sse.events(response.content.iter_any())]
+            return [event async for event in streamed(response.content.iter_any())]
 
 
 async def double(given: dict[str, Any]) -> dict[str, Any]:

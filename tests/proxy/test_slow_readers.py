@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import socket
@@ -20,8 +19,20 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from selfhost_cli.proxy import sse
-from tests.proxy.kit import AUTH, HELLO, HI, STREAM, LlamaStub, Step, asynchronous, ended, eventually, serving, started
+from tests.proxy.kit import (
+    AUTH,
+    HELLO,
+    HI,
+    STREAM,
+    LlamaStub,
+    Step,
+    asynchronous,
+    ended,
+    eventually,
+    serving,
+    started,
+    streamed,
+)
 from tests.proxy.kit import text as said
 from tests.proxy.ollama_stub import OllamaStub, record
 from tests.proxy.test_process import ENV, shipped
@@ -129,8 +140,7 @@ async def test_a_hundred_slow_readers_get_whole_answers_and_little_of_our_memory
 
         async def read(response: aiohttp.ClientResponse) -> int:
             length, last = 0, ""
-            async for event in sse.events(response.content.iter_any()):
-                data = json.loads(event.data)
+            async for data in streamed(response.content.iter_any()):
                 last = data["type"]
                 length += len(data.get("delta", {}).get("text", ""))
             assert last == "message_stop"
