@@ -76,8 +76,22 @@ look() {
     }'
 } 2>/dev/null
 
+# Clocks are set, right after a start above all, and no box is to live longer or shorter for it. The time since the
+# kernel's start tells: when the clock has jumped against it, the start moves along, and lease and idleness begin anew.
+k=
+clock() {
+  u=$(cut -d. -f1 "${SELFHOST_UPTIME:-/proc/uptime}") && c=$(($(date +%s) - u)) || return
+  d=$((c - ${k:-$c}))
+  k=$c
+  [ ${d#-} -lt 60 ] && return
+  t0=$((t0 + d))
+  echo $t0 >started
+  touch -c lease ready activity
+}
+
 n=0
 while :; do
+  clock
   # Asking for the state that it has changes nothing, and proves that the key and the way to the market work.
   if [ ! -s armed ]; then
     c=$(api PUT '{"state":"running"}')

@@ -254,6 +254,34 @@ def test_a_full_disk_costs_neither_the_count_nor_the_verdict(box: Box, market: M
     eventually(lambda: market.count("DELETE", "{}") > 1)
 
 
+@pytest.mark.parametrize("jump", [-31_536_000, 7200])
+def test_a_clock_that_is_set_makes_no_box_live_longer_or_shorter(
+    jump: int, box: Box, market: Market, watch: Watch
+) -> None:
+    def pretend(jumped: int) -> None:
+        """The clock stays as it is, and the kernel says that less time has passed since its start: the same to see."""
+        draft = box.root / "uptime.new"
+        draft.write_text(f"{time.monotonic() - jumped + 40_000_000:.2f} 1.00\n")
+        draft.replace(box.root / "uptime")
+
+    box.run.mkdir(parents=True)
+    pretend(0)
+    began = time.time() - 3600
+    (box.run / "started").write_text(str(int(began)))
+    age(box, "lease", 600)
+    age(box, "ready", 600)
+    watch(SELFHOST_UPTIME=str(box.root / "uptime"), SELFHOST_MAX_S="900000000", SELFHOST_DPH="0")
+    eventually(lambda: box.text("run/watch"))
+    pretend(jump)
+    eventually(lambda: abs(int(box.text("run/started") or 0) - began - jump) < 60)
+    ticks(box, market)
+    up, lease, idle = (int(word) for word in box.text("run/watch").split()[1:4])
+    assert abs(up - (3600 - jump)) < 100  # it is the clock that has not really moved here
+    assert lease < 100
+    assert idle < 100
+    assert DELETE not in market.calls
+
+
 def test_without_limits_the_defaults_hold(box: Box, market: Market, watch: Watch) -> None:
     watch(**dict.fromkeys(LIMITS, ""))
     eventually(lambda: box.text("run/armed"))

@@ -23,7 +23,7 @@ PUBLIC = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "M" * 43
 
 def test_onstart_leaves_room_below_the_markets_limit() -> None:
     text = payload.onstart(PRIVATE, PUBLIC + " root@box", PUBLIC + " me@laptop")
-    assert len(text.encode()) <= payload.ONSTART_LIMIT - 150
+    assert len(text.encode()) <= payload.ONSTART_LIMIT - 50
     assert text.isascii()
 
 
