@@ -27,6 +27,12 @@ IMAGE_GB = 8.0
 """What to count on for pulling it; our estimate for a CUDA development image. Hosts often have the layers already."""
 OLLAMA_GB = 2.0
 """What to count on for Ollama's release archive with its CUDA libraries; our estimate, unpacked about twice that."""
+LIST_PRICE = "default: Claude Sonnet 5.5's public list price as of November 2026"
+"""Source: the model's page at platform.claude.com/docs, read on 2026-11-23: $2 in, $10 out, $0.20 for cache reads."""
+
+
+STAGES = ("created", "loading", "ssh", "download", "load", "token")
+"""Of a box on its way to READY; each has a setting `<stage>_timeout`."""
 
 
 class Source(IntEnum):
@@ -75,9 +81,24 @@ class Paths:
         return self.state / "keeper.log"
 
     @property
+    def notice(self) -> Path:
+        """What the keeper tells people who are in Claude Code; not there when there is nothing to tell."""
+        return self.state / "notice.txt"
+
+    @property
+    def notice_for_hooks(self) -> Path:
+        """The same as JSON for its hooks."""
+        return self.state / "notice.json"
+
+    @property
     def archives(self) -> Path:
         """Which files were seen first, see `archive`."""
         return self.state / "archives"
+
+    @property
+    def turns(self) -> Path:
+        """When the market may be asked again, see `providers.pacing`: one for all profiles."""
+        return self.state.parent / "turns.sqlite3"
 
     @property
     def up_lock(self) -> Path:
@@ -110,6 +131,7 @@ class Settings:
     )
     market_url: str = _setting(LIVE_MARKET, "the market's base URL")
     poll: float = _setting(5.0, "seconds between two questions to the market")
+    pace: float = _setting(1.0, "stretches the market's own intervals between two calls; 0 does not keep them")
     listing_lag: float = _setting(60.0, "seconds the market's listing may lag behind a create or a destroy")
     gpu: str = _setting("RTX 4090", "the exact name of the card, one of them")
     gpu_ram_mb: int = _setting(23_000, "least video memory")
@@ -125,8 +147,13 @@ class Settings:
     lease: float = _setting(45.0, "the box ends by itself after this many minutes without our keeper")
     orphan: float = _setting(2.0, "minutes until the keeper ends an unready box whose `up` is gone")
     unguarded: bool = _setting(False, "keep a box whose watchdog could not arm itself")
-    boot_timeout: float = _setting(15.0, "minutes until a box must accept ssh")
-    install_timeout: float = _setting(45.0, "minutes until the engine and its model must be up")
+    attempts: int = _setting(3, "machines to try, one after the other, before giving up")
+    created_timeout: float = _setting(5.0, "minutes a rented box may do nothing")
+    loading_timeout: float = _setting(15.0, "minutes it may load its image")
+    ssh_timeout: float = _setting(5.0, "minutes it may run without letting us in")
+    download_timeout: float = _setting(30.0, "minutes the engine and the model may take to come")
+    load_timeout: float = _setting(10.0, "minutes the engine may load the model")
+    token_timeout: float = _setting(2.0, "minutes the first token may take")
     image: str = _setting(IMAGE, "container image")
     engine: str = _setting("ollama", "what generates tokens: ollama, or llamacpp in the sandbox")
     model: str = _setting("qwen3-coder:30b", "the model to serve")
@@ -145,6 +172,9 @@ class Settings:
     )
     engine_requirements: str = _setting("xllamacpp==2026.10.11549", "what llamacpp is installed from")
     port: int = _setting(8001, "the local port Claude Code talks to; the next free one when taken")
+    list_price_in: float = _setting(2.0, f"$ per million tokens in that `selfhost cost` compares with; {LIST_PRICE}")
+    list_price_cached: float = _setting(0.2, "the same per million tokens that were reused (cache reads)")
+    list_price_out: float = _setting(10.0, "the same per million tokens out")
     claude: str = _setting("", "path of the claude command; default: looked for")
     claude_home: str = _setting("", "HOME for claude; default: yours")
 
@@ -158,6 +188,11 @@ class Settings:
     def disk_gb(self, model_bytes: float) -> float:
         """GB to rent: the model twice over (another may be tried), image and engine, at least the market's minimum."""
         return self.disk or max(16.0, round(2 * model_bytes / 1e9 + IMAGE_GB + 10))
+
+    @property
+    def ready_timeout(self) -> float:
+        """Minutes until a box must be ready, all stages together."""
+        return float(sum(getattr(self, f"{stage}_timeout") for stage in STAGES))
 
     def archive_url(self) -> str:
         """The address that gives exactly this version, as Ollama's own installer asks for it."""
@@ -179,13 +214,14 @@ FLAGS = (
     "hours",
     "max_spend",
     "idle",
+    "attempts",
     "port",
     "unguarded",
 )
 """The settings that `selfhost up` takes as options."""
 POSITIVE = (
-    *("hours", "max_spend", "max_price", "idle", "lease", "boot_timeout", "install_timeout", "poll"),
-    *("port", "context", "disk"),
+    *("hours", "max_spend", "max_price", "idle", "lease", "poll", "port", "context", "disk", "attempts"),
+    *(f"{stage}_timeout" for stage in STAGES),
 )
 """Zero would end a box at once, or never."""
 URLS = ("market_url", "registry", "ollama_url", "model_url")
@@ -234,10 +270,25 @@ def _belongs(key: Source, market: Source, url: object) -> bool:
     return key is Source.FLAG or key <= market or url in (None, LIVE_MARKET)
 
 
+def installed(where: Paths) -> bool:
+    """Whether this installation has its id: without one no box can carry its label."""
+    return (where.config / "installation").exists()
+
+
+def neighbours(where: Paths) -> list[tuple[str, Paths]]:
+    """The profiles beside this one, itself included, that have an id: their boxes are this installation's too."""
+    try:
+        names = sorted(folder.name for folder in where.config.parent.iterdir())
+    except OSError:
+        return []
+    beside = [(name, Paths(where.config.parent / name, where.state.parent / name, where.cache)) for name in names]
+    return [(name, paths) for name, paths in beside if installed(paths)]
+
+
 def installation_id(where: Paths) -> str:
     """This installation's random id, made at first use; it is in every label."""
     path = where.config / "installation"
-    if not path.exists():
+    if not installed(where):
         import secrets
         import tempfile
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from selfhost_cli import attach, claude, lifecycle, models
+from selfhost_cli import attach, claude, config, lifecycle, models
 from selfhost_cli.attach import Front
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import MarketUnreachable, MayBeBilling, NotSetUp, SelfhostError, UsageError
@@ -51,6 +51,11 @@ def world(
         os.environ.update(environment)
 
 
+def books(settings: Settings, ledger: Ledger, report: Callable[[Event], None]) -> lifecycle.Books:
+    """What it takes to ask the market about old rentals. Raises NotSetUp without a key."""
+    return lifecycle.Books(settings=settings, provider=_provider(settings), ledger=ledger, report=report)
+
+
 @contextmanager
 def reach(settings: Settings) -> Iterator[tuple[Ledger, Reach]]:
     """What it takes to tell a box something; the market is asked only for a box that has moved.
@@ -84,11 +89,13 @@ def _ledger(settings: Settings, report: Callable[[Event], None], needed: bool) -
 
 
 def _provider(settings: Settings) -> Provider:
+    from selfhost_cli.providers.pacing import Pacer
     from selfhost_cli.providers.vast import VastProvider, account_key
 
     key = account_key(settings, os.environ)
     if key:
-        return VastProvider(key, settings.market_url)
+        pacer = Pacer(settings.paths.turns, settings.market_url, settings.pace)
+        return VastProvider(key, settings.market_url, pacer=pacer)
     raise NotSetUp(
         "no vast.ai account key",
         "Make one at https://cloud.vast.ai/manage-keys/ and put it into SELFHOST_API_KEY or "
@@ -106,13 +113,17 @@ def _billing_headline(settings: Settings, ledger: Ledger) -> Iterator[None]:
         if isinstance(error, MayBeBilling | UsageError):
             raise
         live = ledger.live()
-        if not live:
+        if live:
+            what = f"{live[0]} is {live[0].state} and"
+        elif ledger.broken or (config.installed(settings.paths) and not ledger.vouches()):
+            what = "what the ledger knew is lost, and a box of this installation"
+        else:
             raise
         why = error.message if isinstance(error, SelfhostError) else str(error) or "interrupted"
         remedy = error.remedy if isinstance(error, SelfhostError) else ""
         if "selfhost down" not in remedy:
             remedy = f"{remedy}\n`selfhost down` ends it.".lstrip()
-        raise MayBeBilling(f"{live[0]} is {live[0].state} and MAY STILL BE BILLING: {why}", remedy) from error
+        raise MayBeBilling(f"{what} MAY STILL BE BILLING: {why}", remedy) from error
 
 
 class _Keeper:

@@ -24,12 +24,14 @@ def open_line(settings: Settings, rental: Rental, endpoint: Endpoint) -> Line:
 
 def provider(settings: Settings) -> Provider:
     """The market. The SDK is loaded here, because most keepers never need it. Raises NotSetUp without a key."""
+    from selfhost_cli.providers.pacing import Pacer
     from selfhost_cli.providers.vast import VastProvider, account_key
 
     key = account_key(settings, os.environ)
     if not key:
         raise NotSetUp("the account key is gone", "Set SELFHOST_API_KEY and run `selfhost down`.")
-    return VastProvider(key, settings.market_url)
+    pacer = Pacer(settings.paths.turns, settings.market_url, settings.pace)
+    return VastProvider(key, settings.market_url, pacer=pacer)
 
 
 def books(settings: Settings, ledger: Ledger, report: lifecycle.Report) -> lifecycle.Books:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from selfhost_cli.model import Account, BoxSpec, Charges, Instance, Need, Offer
@@ -18,8 +19,8 @@ class Provider(Protocol):
         """What the market says it has. A market may ignore filters: `offers.choose` checks each again."""
         ...
 
-    def create(self, offer: Offer, spec: BoxSpec) -> int:
-        """Rent it and return the instance id. Sent at most once.
+    def create(self, offer: Offer, spec: BoxSpec, sending: Callable[[], None] = lambda: None) -> int:
+        """Rent it and return the instance id. Sent at most once, right after `sending`; what that raises stops it.
 
         Raises OfferGone (try another), NoCredit, KeyRefused, MarketError (nothing was created), or AnswerLost when
         it may have worked: only `instances` by `spec.label` can tell, after the listing's lag.
@@ -27,8 +28,8 @@ class Provider(Protocol):
         """
         ...
 
-    def instances(self, label_prefix: str) -> list[Instance]:
-        """Every instance whose label starts so, from all pages of a complete and well-formed listing.
+    def instances(self, label_prefix: str, ids: Collection[int] = ()) -> list[Instance]:
+        """Every instance whose label starts so or that is among `ids`, from all pages of a complete, sound listing.
 
         Raises MarketUnreachable when the listing is missing, malformed or incomplete: that is "unknown", not "none".
         """

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ import requests
 from selfhost_cli.config import LIVE_MARKET, Settings
 from selfhost_cli.errors import AnswerLost, KeyRefused, MarketError, MarketUnreachable, NoCredit, NotSetUp, OfferGone
 from selfhost_cli.model import Account, BoxSpec, BoxState, Charges, Endpoint, Instance, Need, Offer
+from selfhost_cli.providers.pacing import PATIENCE_S, Limit, Pacer
 from selfhost_cli.wait import SYSTEM, Clock
 
 T = TypeVar("T")
@@ -27,10 +29,24 @@ Row = Mapping[str, Any]
 PAGE = 25
 PAGES = 50
 ATTEMPTS = 4
-RATE_PAUSE = 5.0
-"""Seconds after a 429 at least: the longest documented interval for what we repeat (rate-limits page, August 2026)."""
-PATIENCE = 60.0
-"""The longest wait that the market may ask of one call."""
+HICCUP_S = 1.0
+LIMITS: Mapping[str, Limit] = {
+    "search": Limit(10.0, burst=4),  # ten a minute: four at once and six more is never beyond it
+    # Impatient: the ledger has noted already when it is sent, and the list's lag is counted from then.
+    "create": Limit(4.5, penalty=12.0, patience=15.0),
+    "list": Limit(1.0),
+    "show": Limit(2.0),
+    "destroy": Limit(3.0),
+    "keys": Limit(1.0),
+    "attach": Limit(1.0),
+    "charges": Limit(1.0),
+    "account": Limit(1.0),
+    "logs": Limit(1.0),
+}
+"""What the market allows per endpoint (rate-limits page and API description, August 2026); account and logs: our guess.
+
+Each endpoint is counted for itself, so whoever polls is never in the way of a destroy.
+"""
 HOPELESS = re.compile(
     r"OCI runtime create failed|failed to inject CDI devices|pull access denied|manifest .*(not found|unknown)"
 )
@@ -55,14 +71,28 @@ def account_key(settings: Settings, env: Mapping[str, str]) -> str:
     return settings.api_key or (cli_key(env) if settings.market_url == LIVE_MARKET else "")
 
 
+class _TooOften(MarketUnreachable):
+    """The market wants so many seconds of silence."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            f"the market says that we ask too often, and wants {seconds:.0f} s of silence", "Try again after that."
+        )
+        self.seconds = seconds
+
+
 class VastProvider:
-    """The market at `url` with the account behind `key`. See `providers.Provider` for what each verb promises."""
+    """The market at `url` with the account behind `key`. See `providers.Provider` for what each verb promises.
+
+    `pacer` has the turns that all processes take; without one only what the market asks for is waited for.
+    """
 
     def __init__(
         self,
         key: str,
         url: str,
         *,
+        pacer: Pacer | None = None,
         clock: Clock = SYSTEM,
         env: MutableMapping[str, str] | None = None,
         timeout: float = 30.0,
@@ -74,39 +104,43 @@ class VastProvider:
         self._sdk = VastAI(api_key=key, server_url=url.rstrip("/"), retry=1)
         self._sdk.client.timeout = timeout
         self._clock = clock
+        self._pacer = pacer or Pacer(None, url, 0.0, clock=clock)
 
     def account(self) -> Account:
-        user = self._patiently(self._sdk.show_user)
+        user = self._patiently("account", self._sdk.show_user)
         if not isinstance(user, dict) or not isinstance(user.get("credit"), int | float):
             raise MarketUnreachable("the market's account answer has no credit in it")
         return Account(id=str(user.get("id")), credit=float(user["credit"]))
 
     def offers(self, need: Need) -> list[Offer]:
         rows = self._patiently(
+            "search",
             lambda: self._sdk.search_offers(
                 query=_query(need), no_default=True, order="dph_total", storage=need.disk_gb, limit=64
-            )
+            ),
         )
         if not isinstance(rows, list):
             raise MarketUnreachable("the market's search answer has no list of offers")
         return [offer for row in rows if (offer := _offer(row)) is not None]
 
-    def create(self, offer: Offer, spec: BoxSpec) -> int:
+    def create(self, offer: Offer, spec: BoxSpec, sending: Callable[[], None] = lambda: None) -> int:
         try:
-            answer = self._sdk.create_instance(
-                id=offer.id,
-                image=spec.image,
-                disk=spec.disk_gb,
-                env=dict(spec.env),
-                label=spec.label,
-                onstart_cmd=spec.onstart,
-                runtype="ssh_direct",
-                cancel_unavail=True,  # else a lost race can leave a stopped instance that bills its disk
-            )
+            with self._pacer.turn("create", LIMITS["create"]):
+                sending()
+                answer = self._sdk.create_instance(
+                    id=offer.id,
+                    image=spec.image,
+                    disk=spec.disk_gb,
+                    env=dict(spec.env),
+                    label=spec.label,
+                    onstart_cmd=spec.onstart,
+                    runtype="ssh_direct",
+                    cancel_unavail=True,  # else a lost race can leave a stopped instance that bills its disk
+                )
         except requests.HTTPError as error:
             answer = _body(error.response)
             if (known := _contract(answer)) is None:
-                raise _create_error(error.response, answer, offer) from error
+                raise self._create_error(error.response, answer, offer) from error
             return known
         except requests.ConnectionError as error:
             if _never_sent(error):
@@ -117,10 +151,10 @@ class VastProvider:
         if (known := _contract(answer)) is not None:
             return known
         if isinstance(answer, dict) and answer.get("success") is False and answer.get("error"):
-            raise _create_error(None, answer, offer)
+            raise self._create_error(None, answer, offer)
         raise AnswerLost(f"the answer to renting offer {offer.id} has neither an id nor an error")
 
-    def instances(self, label_prefix: str) -> list[Instance]:
+    def instances(self, label_prefix: str, ids: Collection[int] = ()) -> list[Instance]:
         found: list[Instance] = []
         listed = 0
         token: str | None = None
@@ -129,14 +163,14 @@ class VastProvider:
             params: dict[str, Any] = {"select_filters": {}, "order_by": [{"col": "id", "dir": "asc"}], "limit": PAGE}
             if token:
                 params["after_token"] = token
-            page = self._patiently(lambda asked=params: self._sdk.show_instances_v1(asked))  # type: ignore[misc]
+            page = self._patiently("list", lambda asked=params: self._sdk.show_instances_v1(asked))  # type: ignore[misc]
             rows = page.get("instances") if isinstance(page, dict) else None
             if not isinstance(rows, list) or page.get("success") is False or "next_token" not in page:
                 raise MarketUnreachable("the market's list of instances is malformed: what exists is unknown")
             for row in rows:
                 if not isinstance(row, dict) or not isinstance(row.get("id"), int):
                     raise MarketUnreachable("the market's list of instances has a malformed row")
-                if str(row.get("label") or "").startswith(label_prefix):
+                if row["id"] in ids or str(row.get("label") or "").startswith(label_prefix):
                     found.append(_read(row))
             listed += len(rows)
             token = page["next_token"]
@@ -150,7 +184,7 @@ class VastProvider:
 
     def get(self, instance_id: int) -> Instance | None:
         # Not show_instance(): it fails on rows with a null start_date or extra_env (1.9.1, reproduced).
-        body = self._patiently(lambda: self._get(f"/instances/{instance_id}/", {"owner": "me"}))
+        body = self._patiently("show", lambda: self._get(f"/instances/{instance_id}/", {"owner": "me"}))
         row = body.get("instances", "") if isinstance(body, dict) else ""
         if row is None:
             return None
@@ -167,7 +201,7 @@ class VastProvider:
                     return {"success": True}
                 raise
 
-        answer = self._patiently(ask)
+        answer = self._patiently("destroy", ask)
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise MarketUnreachable(f"the market did not confirm the end of box {instance_id}: {_text(answer)}")
 
@@ -181,16 +215,18 @@ class VastProvider:
                 raise
 
         material = " ".join(public_key.split()[:2])
-        for row in self._patiently(known):
+        for row in self._patiently("keys", known):
             if isinstance(row, dict) and str(row.get("public_key") or row.get("key") or "").startswith(material):
                 return
-        answer = self._patiently(lambda: self._sdk.create_ssh_key(public_key))
+        answer = self._patiently("keys", lambda: self._sdk.create_ssh_key(public_key))
         if isinstance(answer, dict) and answer.get("success") is False:
             raise MarketError(f"the market did not take the login key: {_text(answer)}")
 
     def attach_key(self, instance_id: int, public_key: str) -> None:
-        # `success: false` means that the key is there already.
-        self._patiently(lambda: self._sdk.attach_ssh(instance_id, public_key))
+        answer = self._patiently("attach", lambda: self._sdk.attach_ssh(instance_id, public_key))
+        refused = isinstance(answer, dict) and answer.get("success") is False
+        if refused and "already" not in _text(answer):  # "SSH key already associated with instance."
+            raise MarketError(f"the market did not put the login key on box {instance_id}: {_text(answer)}")
 
     def charges(self, instance_id: int, since: float) -> Charges | None:
         day = 86_400
@@ -205,7 +241,7 @@ class VastProvider:
         }
         mine: list[Row] = []
         for _ in range(PAGES):
-            body = self._patiently(lambda: self._get("/charges/", query))
+            body = self._patiently("charges", lambda: self._get("/charges/", query))
             rows = body.get("results") if isinstance(body, dict) else None
             if not isinstance(rows, list):
                 raise MarketUnreachable("the market's list of charges is malformed")
@@ -217,7 +253,7 @@ class VastProvider:
 
     def logs(self, instance_id: int, tail: int = 100) -> str:
         try:
-            return str(self._patiently(lambda: self._sdk.logs(instance_id, tail=str(tail))))
+            return str(self._patiently("logs", lambda: self._sdk.logs(instance_id, tail=str(tail))))
         except TimeoutError as error:
             raise MarketUnreachable(f"no log of box {instance_id} yet") from error
 
@@ -237,27 +273,52 @@ class VastProvider:
         url = self._sdk.client.server_url
         return MarketUnreachable(f"the market {url} cannot be reached: {why}", "Check the network, then try again.")
 
-    def _patiently(self, ask: Callable[[], T]) -> T:
+    def _patiently(self, call: str, ask: Callable[[], T]) -> T:
         """Ask something that may be repeated: rate limits and hiccups are waited out, a few times."""
         for left in reversed(range(ATTEMPTS)):
             try:
-                return ask()
+                with self._pacer.turn(call, LIMITS[call]):
+                    return ask()
             except requests.HTTPError as error:
-                problem = _read_error(error.response)
-                pause = _pause(error.response)
-                if not left or pause > PATIENCE or not isinstance(problem, MarketUnreachable):
+                problem = self._problem(call, error.response)
+                if not left or not isinstance(problem, MarketUnreachable):
                     raise problem from error
+                if isinstance(problem, _TooOften):
+                    if problem.seconds > PATIENCE_S:
+                        raise problem from error
+                    continue  # the next turn is not before that
             except (requests.RequestException, ValueError) as error:
                 if not left:
                     raise self._away(error) from error
-                pause = 1.0
             except (LookupError, TypeError, AttributeError) as error:
                 # The SDK takes answers apart without looking whether they are what it expects (1.9.1, reproduced).
                 if not left:
                     raise self._away(error) from error
-                pause = 1.0
-            self._clock.sleep(pause)
+            self._clock.sleep(HICCUP_S)
         raise AssertionError("the last attempt returns or raises")
+
+    def _problem(self, call: str, response: requests.Response) -> MarketError:
+        """What an error answer means. After a rate limit nobody makes this call for as long as the market says."""
+        if response.status_code != 429 or "search_quota_exceeded" in response.text:
+            return _read_error(response)
+        seconds = max(LIMITS[call].penalty, _retry_after(response, self._clock.time()))
+        self._pacer.hold(call, seconds)
+        return _TooOften(seconds)
+
+    def _create_error(self, response: requests.Response | None, answer: object, offer: Offer) -> MarketError:
+        status = response.status_code if response is not None else 200
+        text = _text(answer)
+        if "no_such_ask" in text:
+            return OfferGone(f"offer {offer.id} is gone: {text}")
+        if "insufficient_credit" in text:
+            return NoCredit(f"the account cannot pay: {text}", "Add credit at https://cloud.vast.ai/billing/.")
+        if status >= 500 or status == 408:
+            return AnswerLost(f"the market answered {status} to renting offer {offer.id}")
+        if response is not None and status == 429:
+            return self._problem("create", response)
+        if status in (401, 403) or "auth_error" in text:
+            return _key_refused(status, text)
+        return MarketError(f"the market refused offer {offer.id}: {text or status}")
 
 
 def _tame_requests(env: MutableMapping[str, str], url: str) -> None:
@@ -389,9 +450,10 @@ def _charges(rows: Sequence[Row]) -> Charges:
             for item in row.get("items") or []:
                 if item.get("type") in sums:
                     sums[item["type"]] += float(item.get("amount") or 0.0)
+        until = max((float(row["end"]) for row in rows if row.get("end")), default=None)
     except (AttributeError, TypeError, ValueError) as error:
         raise MarketUnreachable(f"the market's charges make no sense: {error}") from error
-    return Charges(gpu=sums["gpu"], disk=sums["disk"], down=sums["bwd"], up=sums["bwu"])
+    return Charges(gpu=sums["gpu"], disk=sums["disk"], down=sums["bwd"], up=sums["bwu"], until=until)
 
 
 def _contract(answer: object) -> int | None:
@@ -400,48 +462,27 @@ def _contract(answer: object) -> int | None:
     return int(known) if re.fullmatch("[1-9][0-9]*", known) else None
 
 
-def _create_error(response: requests.Response | None, answer: object, offer: Offer) -> MarketError:
-    status = response.status_code if response is not None else 200
-    text = _text(answer)
-    if "no_such_ask" in text:
-        return OfferGone(f"offer {offer.id} is gone: {text}")
-    if "insufficient_credit" in text:
-        return NoCredit(f"the account cannot pay: {text}", "Add credit at https://cloud.vast.ai/billing/.")
-    if status >= 500 or status == 408:
-        return AnswerLost(f"the market answered {status} to renting offer {offer.id}")
-    if response is not None and status == 429:
-        return _too_often(response)
-    if status in (401, 403) or "auth_error" in text:
-        return _key_refused(status, text)
-    return MarketError(f"the market refused offer {offer.id}: {text or status}")
-
-
 def _read_error(response: requests.Response) -> MarketError:
     status, text = response.status_code, _text(_body(response))
     if status in (401, 403) or "auth_error" in text:
         return _key_refused(status, text)
-    if status == 429 and "search_quota_exceeded" not in text:
-        return _too_often(response)
     if status >= 500 or status == 408:
         return MarketUnreachable(f"the market answered {status}: {text}")
     return MarketError(f"the market refused ({status}): {text}")
 
 
-def _too_often(response: requests.Response) -> MarketUnreachable:
-    return MarketUnreachable("the market says that we ask too often", f"Wait {_pause(response):.0f} s.")
-
-
-def _pause(response: requests.Response) -> float:
-    """Seconds after which a failed call may be repeated: what the market asks for, and a minimum."""
-    if response.status_code != 429:
-        return 1.0
+def _retry_after(response: requests.Response, now: float) -> float:
+    """Seconds of silence that the market asks for (a number, or a date in the header), 0 when it says nothing."""
     body = _body(response)
     said = response.headers.get("Retry-After") or (body.get("retry_after") if isinstance(body, dict) else None)
     try:
         seconds = float(said or 0.0)
-    except (TypeError, ValueError):  # a date, say
-        seconds = 0.0
-    return max(RATE_PAUSE, seconds) if math.isfinite(seconds) else RATE_PAUSE
+    except (TypeError, ValueError):
+        try:
+            seconds = parsedate_to_datetime(str(said)).timestamp() - now
+        except (TypeError, ValueError, OverflowError):
+            return 0.0
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 def _key_refused(status: int, text: str) -> KeyRefused:

@@ -23,10 +23,13 @@ INTERVALS: Mapping[str, tuple[int, float]] = {
     "show": (1, 2.0),
     "change": (1, 1.0),
     "destroy": (1, 3.0),
+    "attach": (1, 1.0),
     "keys": (1, 1.0),
     "charges": (1, 1.0),
 }
 """What the market documents per call and key: so many in so many seconds (August 2026)."""
+PENALTIES: Mapping[str, float] = {"create": 12.0}
+"""Seconds of silence after a call that came too early."""
 
 _PAGE = "<html><head><title>{0} {1}</title></head><body><center><h1>{0} {1}</h1></center></body></html>\n"
 _LOOK_S = 0.02
@@ -45,6 +48,7 @@ class Answers:
         self._faults = faults
         self._clock = clock
         self._asked: dict[tuple[str, str], deque[float]] = {}
+        self._silent_until: dict[tuple[str, str], float] = {}
 
     async def answer(
         self, call: str, offer: int | None, request: web.Request, handler: Answering
@@ -73,9 +77,11 @@ class Answers:
         if call not in INTERVALS:
             return None
         most, seconds = INTERVALS[call]
-        asked = self._asked.setdefault((call, request.headers.get("Authorization", "")), deque(maxlen=most))
+        caller = (call, request.headers.get("Authorization", ""))
+        asked = self._asked.setdefault(caller, deque(maxlen=most))
         now = self._clock()
-        if len(asked) == most and now - asked[0] < seconds:
+        if now < self._silent_until.get(caller, 0.0) or (len(asked) == most and now - asked[0] < seconds):
+            self._silent_until[caller] = now + PENALTIES.get(call, 0.0)
             return seconds
         asked.append(now)
         return None

@@ -211,6 +211,7 @@ def write_config(where: Paths, market: Market, made: Assets, ollama: Ollama | No
         "market_url": market.url,
         "api_key": market.api_key,
         "poll": 0.3,
+        "pace": 0,
         "listing_lag": 2.0,
         **engine,
         "model_bytes": made.model.stat().st_size,

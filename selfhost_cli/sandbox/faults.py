@@ -114,7 +114,8 @@ KINDS: Mapping[str, Kind] = {
     ),
     "rate_intervals": Kind(
         "",
-        "429 for whoever asks more often than the documentation allows, per call and key",
+        "429 for whoever asks more often than the documentation allows, per call and key; a create that came too "
+        "early is followed by 12 s in which none is taken",
         _DOCUMENTED,
     ),
     "market_down": Kind(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from selfhost_cli.errors import AnswerLost, KeyRefused, MarketUnreachable, NoCredit, OfferGone
+from selfhost_cli.errors import AnswerLost, KeyRefused, MarketUnreachable, NoCredit, OfferGone, Superseded
 from selfhost_cli.model import BoxSpec, BoxState, Need
 from selfhost_cli.providers import Provider
 from selfhost_cli.providers.vast import VastProvider, _offer, cli_key
@@ -121,6 +121,21 @@ def test_an_offer_that_is_gone_says_so_and_makes_nothing(case: Case) -> None:
     with pytest.raises(OfferGone, match=str(offer.id)):
         case.provider.create(offer, spec("selfhost-a-2"))
     assert case.provider.instances("selfhost-a-2") == []
+
+
+def test_what_is_raised_at_the_last_moment_stops_the_paid_call(case: Case) -> None:
+    def sending() -> None:
+        raise Superseded("`down` was faster")
+
+    with pytest.raises(Superseded):
+        case.provider.create(case.provider.offers(NEED)[0], spec("selfhost-a-10"), sending)
+    assert case.provider.instances("selfhost-a-10") == []
+
+
+def test_a_box_is_found_by_its_number_whatever_its_label(case: Case) -> None:
+    number = case.provider.create(case.provider.offers(NEED)[0], spec("selfhost-a-11"))
+    assert [box.id for box in until(lambda: case.provider.instances("selfhost-b-", [number]))] == [number]
+    assert case.provider.instances("selfhost-b-", [number + 1]) == []
 
 
 def test_a_lost_answer_says_so_and_the_list_tells_what_became_of_it(case: Case) -> None:

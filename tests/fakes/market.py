@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from selfhost_cli.errors import AnswerLost, MarketError, MarketUnreachable, NoCredit, OfferGone
@@ -61,6 +61,9 @@ class FakeMarket:
     hidden_until: dict[int, float] = field(default_factory=dict)
     ghosts: dict[int, tuple[Instance, float]] = field(default_factory=dict)
     state: BoxState = BoxState.RUNNING
+    status: str = ""
+    charged: float | None = None
+    """What a box costs, where that is not what its offer said."""
     before: Callable[[str], None] = lambda verb: None
 
     def account(self) -> Account:
@@ -71,8 +74,9 @@ class FakeMarket:
         self._ask("offers")
         return list(self.stock)
 
-    def create(self, offer: Offer, spec: BoxSpec) -> int:
+    def create(self, offer: Offer, spec: BoxSpec, sending: Callable[[], None] = lambda: None) -> int:
         self.before("create")
+        sending()
         self.creates += 1
         if self.credit <= 0:
             raise NoCredit("the account cannot pay")
@@ -83,8 +87,8 @@ class FakeMarket:
         number = 5000 + self.creates
         ssh = Endpoint("192.0.2.1", 40_000 + self.creates)
         self.boxes[number] = Instance(
-            number, spec.label, self.state, self.state, "", offer.machine_id, offer.gpu, offer.dph_total,
-            self.clock.time(), ssh, None,
+            number, spec.label, self.state, self.status or self.state, "", offer.machine_id, offer.gpu,
+            self.charged or offer.dph_total, self.clock.time(), ssh, None,
         )  # fmt: skip
         self.specs[spec.label] = spec
         self.hidden_until[number] = self.clock.time() + self.listing_lag
@@ -92,12 +96,12 @@ class FakeMarket:
             raise AnswerLost("the answer was lost")
         return number
 
-    def instances(self, label_prefix: str) -> list[Instance]:
+    def instances(self, label_prefix: str, ids: Collection[int] = ()) -> list[Instance]:
         self._ask("instances")
         now = self.clock.time()
         rows = [box for box in self.boxes.values() if self.hidden_until.get(box.id, 0) <= now]
         rows += [box for box, until in self.ghosts.values() if until > now]
-        return [box for box in rows if box.label.startswith(label_prefix)]
+        return [box for box in rows if box.id in ids or box.label.startswith(label_prefix)]
 
     def get(self, instance_id: int) -> Instance | None:
         self._ask("get")

@@ -127,7 +127,7 @@ def test_a_create_that_comes_too_early_is_not_repeated_and_makes_nothing(bench: 
     bench.fault("rate_limited", call="create", retry_after=12, calls=1)
     with pytest.raises(MarketUnreachable) as caught:
         bench.rent()
-    assert caught.value.remedy == "Wait 12 s."
+    assert "12 s of silence" in caught.value.message
     assert (len(bench.market.asked("PUT")), bench.clock.sleeps, bench.listed()) == (1, [], [])
 
 
@@ -171,7 +171,7 @@ def test_a_rate_limit_that_asks_for_more_than_a_minute_is_told_at_once(bench: Be
     bench.fault("rate_limited", call="list", retry_after=90)
     with pytest.raises(MarketUnreachable) as caught:
         bench.listed()
-    assert caught.value.remedy == "Wait 90 s."
+    assert "90 s of silence" in caught.value.message
     assert bench.clock.sleeps == []
 
 
