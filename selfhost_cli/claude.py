@@ -19,8 +19,11 @@ from selfhost_cli.errors import NotSetUp, UsageError
 SEEN = "2.1.330"
 INSTALL = f"npm install -g @anthropic-ai/claude-code@{SEEN}"
 
-AUTO_MODE_OFF = '{"permissions":{"disableAutoMode":"disable"}}'
-DECIDES_THE_MODE = ("--settings", "--permission-mode", "--dangerously-skip-permissions")
+AUTO_MODE_OFF = {"permissions": {"disableAutoMode": "disable"}}
+DECIDES_THE_MODE = ("--permission-mode", "--dangerously-skip-permissions")
+NOTICED_AT = ("UserPromptSubmit", "Stop")
+"""Hooks that show a `systemMessage` to the person only: neither the model nor `-p` prints a word of it."""
+LOOK_S = 10
 # Claude Code answers these at once, before it loads anything, but only where no other argument precedes them.
 ANSWERED_AT_ONCE = ("--version", "-v")
 
@@ -55,6 +58,14 @@ CONFLICTING = frozenset(
 )
 # Claude Code's own names: it would assume the context of the model that it knows under them.
 ITS_ALIASES = ("default", "best", "opus", "opusplan", "sonnet", "haiku", "fable")
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Files that are there while people are to be told something: JSON for hooks, one line for a status line."""
+
+    for_hooks: Path
+    line: Path
 
 
 @dataclass(frozen=True)
@@ -99,13 +110,14 @@ def launch(
     context: int,
     env: Mapping[str, str],
     home: Path | None = None,
+    notice: Notice | None = None,
     max_output: int = 8192,
 ) -> Launch:
     """What to execute so that Claude Code talks to `url` only and knows the model's real `context` (tokens).
 
     `args` pass through untouched, in order. `home` gives Claude Code a home of its own, with its temporary files.
-    Changes nothing; the one thing read is the user's `settings.json`, for whether it decides about auto mode. Raises
-    UsageError for a model name that Claude Code would take for one of its own.
+    Changes nothing; all that is read is the settings of user and project, for whether they decide about auto mode and
+    have a status line. Raises UsageError for a model name that Claude Code would take for one of its own.
     """
     own = dict(env)
     if home is not None:
@@ -113,8 +125,7 @@ def launch(
         own.update(HOME=str(home), CLAUDE_CONFIG_DIR=str(home / ".claude"), CLAUDE_CODE_TMPDIR=str(home / "tmp"))
     kept = {name: value for name, value in own.items() if not _conflicts(name)}
     ours = environment(url, token, model, context, own, max_output)
-    mode = () if _mode_decided(args, own) else ("--settings", AUTO_MODE_OFF)
-    return Launch((str(binary), *mode, *args), {**kept, **ours})
+    return Launch((str(binary), *_settings(args, own, notice), *args), {**kept, **ours})
 
 
 def environment(
@@ -218,21 +229,49 @@ def _check_name(model: str) -> None:
         )
 
 
-def _mode_decided(args: Sequence[str], env: Mapping[str, str]) -> bool:
-    """Whether arguments or settings of the user already say in which permission mode to start."""
-    if args and args[0] in ANSWERED_AT_ONCE:
-        return True
-    options = args[: args.index("--")] if "--" in args else args
-    if any(option.split("=")[0] in DECIDES_THE_MODE for option in options):
-        return True
-    permissions = _user_settings(env).get("permissions")
+def _settings(args: Sequence[str], env: Mapping[str, str], notice: Notice | None) -> tuple[str, ...]:
+    """Ours as arguments. None beside the user's own --settings: the last one replaces those before it."""
+    options = {option.split("=")[0] for option in (args[: args.index("--")] if "--" in args else args)}
+    if "--settings" in options or (args and args[0] in ANSWERED_AT_ONCE):
+        return ()
+    user = _user_settings(env)
+    ours: dict[str, object] = {}
+    if options.isdisjoint(DECIDES_THE_MODE) and not _mode_decided(user):
+        ours |= AUTO_MODE_OFF
+    if notice:
+        ours |= _notices(notice, line=not any("statusLine" in known for known in (user, *_project_settings())))
+    return ("--settings", json.dumps(ours, separators=(",", ":"))) if ours else ()
+
+
+def _mode_decided(user: Mapping[str, Any]) -> bool:
+    """Whether the user's settings already say in which permission mode to start."""
+    permissions = user.get("permissions")
     return isinstance(permissions, dict) and not permissions.keys().isdisjoint({"disableAutoMode", "defaultMode"})
+
+
+def _notices(notice: Notice, *, line: bool) -> dict[str, object]:
+    """Hooks, which add to the user's; and a status line, of which there is but one, that is read again while idle."""
+    hook = {"type": "command", "command": _show(notice.for_hooks), "timeout": 5}
+    shown: dict[str, object] = {"hooks": {event: [{"hooks": [hook]}] for event in NOTICED_AT}}
+    if line:
+        shown["statusLine"] = {"type": "command", "command": _show(notice.line), "refreshInterval": LOOK_S}
+    return shown
+
+
+def _show(path: Path) -> str:
+    quoted = str(path).replace("'", "'\\''")
+    return f"cat '{quoted}' 2>/dev/null || true"
 
 
 def _user_settings(env: Mapping[str, str]) -> dict[str, Any]:
     """The user's settings, {} when they cannot be read: what is wrong with them is Claude Code's to say."""
     folder = env.get("CLAUDE_CONFIG_DIR") or os.path.join(env.get("HOME") or Path.home(), ".claude")
     return _json_object(Path(folder) / "settings.json")
+
+
+def _project_settings() -> tuple[dict[str, Any], ...]:
+    folder = Path(".claude")
+    return _json_object(folder / "settings.json"), _json_object(folder / "settings.local.json")
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@
     ├── NotSetUp             3  key, ssh, claude or box missing; nothing can be billed
     ├── NothingToRent        4  no offer within the limits
     ├── MayBeBilling         5  something may still cost money: always the headline
+    ├── BoxFailed            1  this machine did not get ready: another one may
     ├── NotServable          1  what was asked for, which no other machine could serve either
     ├── Superseded           1  another command (usually `down`) took the rental over
     └── MarketError          1  the market said no
@@ -19,6 +20,7 @@ An error says what happened, to which thing, and (`remedy`) what to do next.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 
@@ -46,7 +48,17 @@ class NothingToRent(SelfhostError):
 
 
 class MayBeBilling(SelfhostError):
+    """`left`: what may be billed, where that is known: instance_id, label, gpu and dph_total of each."""
+
     exit_code = 5
+
+    def __init__(self, message: str, remedy: str = "", *, left: Sequence[Mapping[str, object]] = ()) -> None:
+        super().__init__(message, remedy)
+        self.left = tuple(left)
+
+
+class BoxFailed(SelfhostError):
+    """The machine was given its chance and did not get ready; another one may."""
 
 
 class NotServable(SelfhostError):
@@ -79,3 +91,10 @@ class OfferGone(MarketError):
 
 class AnswerLost(MarketError):
     """A create whose outcome is unknown: only looking for its label can tell."""
+
+
+def in_profile(text: str, profile: str) -> str:
+    """A text with each command in it made one for this profile: typed as shown, it must act on the right box."""
+    if profile == "default":
+        return text
+    return text.replace("`selfhost ", f"`selfhost --profile {profile} ")

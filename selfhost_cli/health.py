@@ -12,7 +12,6 @@ import httpx
 from selfhost_cli.attach import Front
 from selfhost_cli.model import Event, Probe
 
-TOKEN_S = 120.0
 LOOK_S = 20.0
 LEAST_ON_GPU = 0.99
 """Of the model's bytes: a layer on the CPU costs most of the speed.
@@ -40,16 +39,18 @@ class HealthReport:
         return next((probe for probe in self.probes if not probe.ok), None)
 
 
-def check(front: Front, *, model: str, context: int, gpu: bool, report: Callable[[Event], None]) -> HealthReport:
+def check(
+    front: Front, *, model: str, context: int, gpu: bool, report: Callable[[Event], None], token_s: float = 120.0
+) -> HealthReport:
     """Probe tunnel and proxy, engine, model, context and one real token; stops at the first failure.
 
-    `gpu`: the box has a real one, so the model must be on it.
+    `gpu`: the box has a real one, so the model must be on it. `token_s`: seconds that the token may take.
     """
     probes: list[Probe] = []
     with httpx.Client(
         base_url=front.url, headers={"Authorization": f"Bearer {front.token}"}, timeout=LOOK_S, trust_env=False
     ) as client:
-        for probe in _probes(client, model, context, gpu):
+        for probe in _probes(client, model, context, gpu, token_s):
             probes.append(probe)
             report(Event(f"health: {probe.name}", "done" if probe.ok else "fail", probe.detail))
             if not probe.ok:
@@ -57,7 +58,7 @@ def check(front: Front, *, model: str, context: int, gpu: bool, report: Callable
     return HealthReport(tuple(probes))
 
 
-def _probes(client: httpx.Client, model: str, context: int, gpu: bool) -> Iterator[Probe]:
+def _probes(client: httpx.Client, model: str, context: int, gpu: bool, token_s: float) -> Iterator[Probe]:
     began = time.monotonic()
 
     def verdict(name: str, ok: bool, detail: str) -> Probe:
@@ -83,7 +84,7 @@ def _probes(client: httpx.Client, model: str, context: int, gpu: bool) -> Iterat
     real = box.get("context")
     fits = isinstance(real, int) and real >= context
     yield verdict("context", fits, f"{real} tokens" if fits else f"{real} tokens, promised {context}")
-    answer = _token(client, model)
+    answer = _token(client, model, token_s)
     yield verdict("token", not answer.startswith("!"), answer.removeprefix("!"))
 
 
@@ -147,13 +148,13 @@ def _is_up(part: dict[str, Any]) -> bool:
     return part.get("status") in ("healthy", "up", "ok")
 
 
-def _token(client: httpx.Client, model: str) -> str:
+def _token(client: httpx.Client, model: str, seconds: float) -> str:
     """One really generated token, and how long it took; the reason with a leading "!" when there was none."""
     body = {"model": model, "max_tokens": 8, "messages": [{"role": "user", "content": "Say OK."}]}
     began = time.monotonic()
     try:
         # Marked, because a probe is not activity: it must not keep an idle box alive.
-        response = client.post("/v1/messages", json=body, headers={"x-selfhost-probe": "1"}, timeout=TOKEN_S)
+        response = client.post("/v1/messages", json=body, headers={"x-selfhost-probe": "1"}, timeout=seconds)
         answer = response.json()
     except (httpx.HTTPError, ValueError) as error:
         return f"!no answer: {error}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from selfhost_cli import archive, payload
 from selfhost_cli.archive import Archive
-from selfhost_cli.errors import NotServable, SelfhostError
+from selfhost_cli.errors import BoxFailed, NotServable, SelfhostError
 from selfhost_cli.model import Event
 from selfhost_cli.remote import Remote, Result
 
@@ -23,9 +23,10 @@ DIGESTS = (
 )
 INSTALL = "sh ~/.selfhost/bin/install.sh"
 PROXY_PORT = "cat ~/.selfhost/run/proxy.port"
-# Also starts a watchdog, should it be dead (where one lives, this one leaves), and prints what it measured last.
+# Also starts a watchdog, should it be dead (where one lives, this one leaves), and prints what it measured last and
+# its verdict, which stands even when a later look would not give it.
 RENEW_LEASE = (
-    "cd ~/.selfhost && touch run/lease || exit; cat run/watch 2>/dev/null;"
+    "cd ~/.selfhost && touch run/lease || exit; cat run/watch run/verdict 2>/dev/null;"
     " [ -e bin/watchdog.sh ] && command -v flock >/dev/null || exit 0;"
     " sh bin/watchdog.sh </dev/null >>log/watchdog.log 2>&1 &"
 )
@@ -79,7 +80,7 @@ class Installed:
 def apply(remote: Remote, spec: InstallSpec, report: Callable[[Event], None]) -> Installed:
     """Bring the box to `spec`; doing it again changes nothing.
 
-    Raises SelfhostError with what the failing step said (NotServable: no other box could either), and ConnectionLost
+    Raises BoxFailed with what the failing step said (NotServable: no other box could either), and ConnectionLost
     when the connection broke (the box goes on by itself, so that a later `apply` finds the work done).
     """
     return bring(remote, files(spec), report)
@@ -145,7 +146,7 @@ def armed(remote: Remote) -> str:
 def _upload(remote: Remote, wanted: dict[str, tuple[bytes, int]], report: Callable[[Event], None]) -> None:
     result = remote.run(DIGESTS)
     if result.code:
-        raise SelfhostError(f"~/.selfhost on the box cannot be used: {_tail(result)}", _AGAIN)
+        raise BoxFailed(f"~/.selfhost on the box cannot be used: {_tail(result)}", _AGAIN)
     present = {path: digest for digest, path in (line.split(None, 1) for line in result.out.splitlines())}
     changed = {path: file for path, file in wanted.items() if present.get(path) != payload.digest(file[0])}
     if not changed:
@@ -163,7 +164,7 @@ def _upload(remote: Remote, wanted: dict[str, tuple[bytes, int]], report: Callab
 
 def _run_install(remote: Remote, report: Callable[[Event], None]) -> None:
     failed: deque[Event] = deque(maxlen=1)
-    kind = SelfhostError
+    kind: type[SelfhostError] = BoxFailed
 
     def on_line(line: str) -> None:
         nonlocal kind
@@ -172,7 +173,7 @@ def _run_install(remote: Remote, report: Callable[[Event], None]) -> None:
             return
         if event.status == "fail":
             failed.append(event)
-            kind = NotServable if line.split("\t")[2] == "refuse" else SelfhostError
+            kind = NotServable if line.split("\t")[2] == "refuse" else BoxFailed
         report(event)
 
     result = remote.run(INSTALL, timeout=SILENCE_S, on_line=on_line)
@@ -189,7 +190,7 @@ def _proxy_port(remote: Remote) -> int:
     result = remote.run(PROXY_PORT)
     port = _number(result.out.strip())
     if result.code or port is None:
-        raise SelfhostError(f"the proxy on the box does not say its port: {_tail(result)}", _AGAIN)
+        raise BoxFailed(f"the proxy on the box does not say its port: {_tail(result)}", _AGAIN)
     return port
 
 

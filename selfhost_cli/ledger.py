@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from selfhost_cli.errors import MayBeBilling, SelfhostError, Superseded
-from selfhost_cli.model import Caps, Endpoint, Rental, State
+from selfhost_cli.model import Caps, Charges, Endpoint, Heard, Rental, State
 
 SCHEMA = """
 CREATE TABLE rentals (
@@ -136,14 +136,19 @@ class Ledger:
         found = self._select("WHERE label = ?", label)
         return found[0] if found else None
 
-    def advance(self, rental: Rental, to: State, **changes: Any) -> Rental:
-        """Move a rental on from the state the caller knows it in. Raises Superseded when it is elsewhere by now."""
+    def advance(self, rental: Rental, to: State, *, unmoved: bool = False, **changes: Any) -> Rental:
+        """Move a rental on from the state the caller knows it in. Raises Superseded when it is elsewhere by now.
+
+        `unmoved`: also when its caps are not those the caller knows.
+        """
         with self._transaction() as db:
             current = self._current(db, rental.label)
             if current.state is not rental.state:
                 raise Superseded(
                     f"rental {rental.label} is {current.state} by now", "Another selfhost command took it over."
                 )
+            if unmoved and current.caps != rental.caps:
+                raise Superseded(f"the caps of rental {rental.label} were moved", "`selfhost status` tells them.")
             return self._write(db, replace(current, state=to, **changes))
 
     def note(self, rental: Rental, **changes: Any) -> Rental:
@@ -167,6 +172,11 @@ class Ledger:
             gone = replace(current, state=State.ENDED, ended_at=current.ended_at or at, reason=current.reason or reason)
             return self._write(db, gone)
 
+    def amend(self, label: str, **facts: Any) -> Rental:
+        """Record what is true in any state: what was heard of the box, what it was billed. Raises Superseded."""
+        with self._transaction() as db:
+            return self._write(db, replace(self._current(db, label), **facts))
+
     def events(self, label: str) -> list[tuple[float, str, str]]:
         """(time, kind, text) of every transition, with its reason."""
         return self._rows("SELECT at, kind, text FROM events WHERE label = ? ORDER BY rowid", label)
@@ -179,12 +189,15 @@ class Ledger:
             )
 
     def usage(self, label: str) -> Usage:
-        sums = self._rows(
-            "SELECT count(*), total(input_tokens), total(cached_tokens), total(output_tokens)"
-            " FROM usage WHERE label = ?",
-            label,
-        )[0]
-        return Usage(*(int(value) for value in sums))
+        return self.usages().get(label, Usage())
+
+    def usages(self) -> dict[str, Usage]:
+        """Of each rental that was used, by label."""
+        rows = self._rows(
+            "SELECT label, count(*), total(input_tokens), total(cached_tokens), total(output_tokens)"
+            " FROM usage GROUP BY label"
+        )
+        return {label: Usage(*(int(value) for value in sums)) for label, *sums in rows}
 
     def _check_version(self) -> None:
         version = self._rows("PRAGMA user_version")[0][0]
@@ -284,4 +297,6 @@ def _decode(text: str) -> Rental:
     values["state"] = State(values["state"])
     values["caps"] = Caps(**values["caps"])
     values["endpoint"] = Endpoint(*values["endpoint"]) if values.get("endpoint") else None
+    values["heard"] = Heard(**values["heard"]) if values.get("heard") else None
+    values["charges"] = Charges(**values["charges"]) if values.get("charges") else None
     return Rental(**values)

@@ -23,7 +23,7 @@ class ProcessLock:
         self._fd: int | None = None
 
     def acquire(self) -> bool:
-        """Take the lock; False when another process has it."""
+        """Take the lock; False when another process has it. Raises OSError when the file cannot be written."""
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         for _ in range(LOOKS):
             try:
@@ -31,8 +31,12 @@ class ProcessLock:
             except BlockingIOError:
                 time.sleep(LOOK_S)  # it may only have been somebody's look, see holder()
                 continue
-            os.ftruncate(fd, 0)
-            os.write(fd, str(os.getpid()).encode())
+            try:
+                os.ftruncate(fd, 0)
+                os.write(fd, str(os.getpid()).encode())
+            except OSError:
+                os.close(fd)
+                raise
             self._fd = fd
             return True
         os.close(fd)

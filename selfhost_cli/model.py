@@ -121,6 +121,23 @@ class Charges:
     disk: float
     down: float
     up: float
+    until: float | None = None
+    """The end of what they cover; None when the market does not say."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What the watchdog on a box had measured when it was heard last, at `at` of our clock.
+
+    Seconds since the box ran first and since the last request, dollars with traffic, bytes received and sent.
+    """
+
+    at: float
+    up_s: float
+    idle_s: float
+    dollars: float
+    down_bytes: int
+    up_bytes: int
 
 
 @dataclass(frozen=True)
@@ -181,10 +198,18 @@ class Rental:
     ready_at: float | None = None
     ended_at: float | None = None
     reason: str = ""
+    guarded: bool = True
+    """Its watchdog is armed: without one it does not end by itself."""
     blameless: bool = False
     """The machine had no part in its end."""
     disk_gb: float | None = None
     """Rented with it; None in records of older versions."""
+    heard: Heard | None = None
+    """What its own watchdog counted, noted now and then: for the bill."""
+    charges: Charges | None = None
+    """The market's figures for all of it, once it had them."""
+    estimated: float | None = None
+    """What we had estimated, in dollars, when they came."""
 
     def __str__(self) -> str:
         box = f"box {self.instance_id}" if self.instance_id else f"box labelled {self.label}"

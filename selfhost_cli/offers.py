@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from selfhost_cli.model import Need, Offer
 
@@ -38,9 +39,14 @@ class Choice:
 
 
 def choose(
-    need: Need, offers: Sequence[Offer], *, download_bytes: float, avoid: Collection[int] = (), max_spend: float = 1e9
+    need: Need,
+    offers: Sequence[Offer],
+    *,
+    download_bytes: float,
+    avoid: Mapping[int, str] = MappingProxyType({}),
+    max_spend: float = 1e9,
 ) -> Choice:
-    """Rank what fits. `download_bytes` is image plus model; `avoid` holds machine ids that failed us before.
+    """Rank what fits. `download_bytes` is image plus model; `avoid`: ids of machines that failed us before, and why.
 
     Every limit is checked here again, because the market does not always apply the filters it was given.
     """
@@ -68,14 +74,14 @@ def price(offer: Offer, *, hours: float, download_bytes: float) -> Ranked:
     return Ranked(offer, dollars, ready_s)
 
 
-def _refusal(need: Need, offer: Offer, avoid: Collection[int]) -> str:
+def _refusal(need: Need, offer: Offer, avoid: Mapping[int, str]) -> str:
     """Why an offer is outside the limits, "" when it is within them."""
     checks = (
         (offer.gpu != need.gpu, f"is a {offer.gpu}"),
         (offer.num_gpus != 1, f"{offer.num_gpus} GPUs"),
         (not offer.rentable, "not rentable now"),
         (not offer.verified, "not verified"),
-        (offer.machine_id in avoid, "this machine failed before"),
+        (offer.machine_id in avoid, f"this machine failed before: {avoid.get(offer.machine_id)}"),
         (offer.gpu_ram_mb < need.gpu_ram_mb, f"{offer.gpu_ram_mb} MB of video memory"),
         (offer.ram_mb < need.ram_mb, f"{offer.ram_mb / 1000:.0f} GB of memory"),
         (offer.disk_gb < need.disk_gb, f"{offer.disk_gb:.0f} GB of disk"),

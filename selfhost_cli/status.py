@@ -44,11 +44,14 @@ def look(settings: Settings, ledger: Ledger, *, now: float) -> list[Status]:
 
 def _status(rental: Rental, front: Front | None, ledger: Ledger, now: float) -> Status:
     tunnel, reason = _tunnel(rental, front)
-    box = _ask_box(front) if front and tunnel == "up" else {}
-    so_far = invoice(rental, ledger.usage(rental.label), None, now=now)
+    box = _ask_box(front) if front and tunnel in ("up", "degraded") else {}
+    so_far = invoice(rental, ledger.usage(rental.label), now=now)
     watch = box.get("watchdog")
     measured = countdown.read(watch) if isinstance(watch, dict) else None
-    ends = countdown.countdowns(rental, measured, now=now)
+    if rental.heard and not measured:  # it cannot be asked; what the keeper heard last still counts
+        ends = countdown.projected(rental, rental.heard, now=now, away=tunnel not in ("up", "installing"))
+    else:
+        ends = countdown.countdowns(rental, measured, now=now)
     unwatched = watch.get("age_s") if isinstance(watch, dict) and measured else None
     age = float(unwatched) if isinstance(unwatched, int | float) else None
     return Status(rental, tunnel, reason, front.url if front else "", box, so_far, ends, age)

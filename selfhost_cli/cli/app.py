@@ -16,7 +16,7 @@ from typing import IO, Annotated, Any
 import typer
 
 from selfhost_cli import __version__, config
-from selfhost_cli.errors import UsageError
+from selfhost_cli.errors import SelfhostError, UsageError
 
 app = typer.Typer(
     name="selfhost",
@@ -81,6 +81,7 @@ def up(
     hours: Annotated[float | None, _setting("hours")] = None,
     max_spend: Annotated[float | None, _setting("max_spend")] = None,
     idle: Annotated[float | None, _setting("idle")] = None,
+    attempts: Annotated[int | None, _setting("attempts")] = None,
     port: Annotated[int | None, _setting("port")] = None,
     unguarded: Annotated[bool | None, _setting("unguarded", "--unguarded")] = None,
     json: Json = False,
@@ -101,6 +102,7 @@ def up(
         "hours": hours,
         "max_spend": max_spend,
         "idle": idle,
+        "attempts": attempts,
         "port": port,
         "unguarded": unguarded,
     }
@@ -136,10 +138,29 @@ def down(
     from selfhost_cli import lifecycle
     from selfhost_cli.cli import render, wiring
 
-    settings = _settings(ctx, {"api_key": api_key})
-    with _signals_interrupt(), render.Talk() as talk, wiring.world(settings, talk, needs_ledger=False) as world:
-        ended = lifecycle.down(world, everything=everything)
+    with _signals_interrupt(), _told_as(json), render.Talk() as talk:
+        settings = _settings(ctx, {"api_key": api_key})
+        with wiring.world(settings, talk, needs_ledger=False) as world:
+            ended = lifecycle.down(world, everything=everything)
     render.as_json(ended) if json else render.ended(ended)
+
+
+@app.command()
+def reap(
+    ctx: typer.Context,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="End what nobody of this installation looks after.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="With --yes: also other installations' boxes.")] = False,
+    api_key: Annotated[str | None, _setting("api_key")] = None,
+    json: Json = False,
+) -> None:
+    """List the boxes on the account that nobody looks after; --yes ends them and proves it."""
+    from selfhost_cli.cli import reap as command
+
+    if everything and not yes:
+        raise UsageError("--all goes with --yes", "Without it, `selfhost reap` shows other installations' boxes too.")
+    with _signals_interrupt(), _told_as(json):
+        code = command.run(_settings(ctx, {"api_key": api_key}), yes=yes, everything=everything, json=json)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -154,6 +175,23 @@ def status(ctx: typer.Context, json: Json = False) -> None:
     if settings.paths.ledger.exists():  # asking makes nothing
         values = state.look(settings, Ledger(settings.paths.ledger), now=time.time())
     render.as_json(values) if json else render.status(values)
+
+
+@app.command()
+def cost(
+    ctx: typer.Context,
+    month: Annotated[str | None, typer.Option(help="YYYY-MM; default: this month.", show_default=False)] = None,
+    list_price_in: Annotated[float | None, _setting("list_price_in")] = None,
+    list_price_cached: Annotated[float | None, _setting("list_price_cached")] = None,
+    list_price_out: Annotated[float | None, _setting("list_price_out")] = None,
+    json: Json = False,
+) -> None:
+    """What this rental and this month cost, per million tokens too, and the same tokens at a list price."""
+    from selfhost_cli.cli import cost as command
+
+    prices = {"in": list_price_in, "cached": list_price_cached, "out": list_price_out}
+    flags = {f"list_price_{kind}": price for kind, price in prices.items()}
+    command.run(_settings(ctx, flags), month, json=json)
 
 
 @app.command()
@@ -213,6 +251,19 @@ def demo(
 
     with _signals_interrupt():
         command.run(keep=keep, engine=engine)
+
+
+@contextmanager
+def _told_as(json: bool) -> Iterator[None]:
+    """With --json, a failure is on stdout too, for the program that reads it."""
+    try:
+        yield
+    except SelfhostError as error:
+        if json:
+            from selfhost_cli.cli import render
+
+            render.failed_as_json(error)
+        raise
 
 
 def _settings(ctx: typer.Context, flags: dict[str, Any] | None = None) -> Any:

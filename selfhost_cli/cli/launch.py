@@ -57,6 +57,7 @@ def claude(profile: str, args: Sequence[str]) -> NoReturn:
             context=rental.context,
             env=os.environ,
             home=Path(settings.claude_home).expanduser() if settings.claude_home else None,
+            notice=code.Notice(settings.paths.notice_for_hooks, settings.paths.notice),
         )
         code.execute(launch)
     except SelfhostError as error:
@@ -167,7 +168,7 @@ def _away(front: Front, rental: Rental) -> str:
         return error.message
     for entry in known if isinstance(known, list) else []:
         if isinstance(entry, dict) and entry.get("label") == rental.label:
-            return "" if entry.get("state") == "up" else str(entry.get("reason") or entry.get("state"))
+            return "" if entry.get("state") in ("up", "degraded") else str(entry.get("reason") or entry.get("state"))
     return "the keeper does not hold it yet"
 
 

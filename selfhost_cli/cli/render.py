@@ -27,12 +27,14 @@ from selfhost_cli import countdown, health
 from selfhost_cli import status as state
 from selfhost_cli.cli import words
 from selfhost_cli.countdown import Countdown
+from selfhost_cli.errors import MayBeBilling, SelfhostError
 from selfhost_cli.invoice import Invoice
 from selfhost_cli.lifecycle import SIMULATED, Ended, Plan
 from selfhost_cli.lifecycle.extending import Extended
-from selfhost_cli.model import Caps, Endpoint, Event, Rental
+from selfhost_cli.model import Caps, Endpoint, Event, Instance, Rental
 
-PROOF = "nothing is billed any more"
+PROOF, PROOF_OF_OURS = "nothing is billed any more", "nothing of this installation is billed any more"
+UNGUARDED = "its watchdog is not armed: only `selfhost down` or the keeper ends it"
 UNWATCHED_S = 60.0
 """A watchdog that lives looks every few seconds; the market's answer may keep it for twenty."""
 
@@ -204,6 +206,10 @@ def plan(value: Plan) -> None:
         f" [bold]${best.dollars:.2f}[/] all in. Model {value.model}, engine {value.engine}, {value.context} tokens."
     )
     err.print(
+        f"A machine that is gone or does not get ready is destroyed and another one tried: {value.attempts} at most, "
+        f"one after the other, none above ${value.ceiling:.3f}/h."
+    )
+    err.print(
         f"It ends by itself: {_caps(value.caps)}. `selfhost down` destroys it with its disk. "
         f"The account has ${value.account.credit:.2f}."
     )
@@ -211,17 +217,33 @@ def plan(value: Plan) -> None:
 
 def ready(rental: Rental, url: str) -> None:
     err.print(f"[green]✓[/] {rental} serves {rental.model} at {url}. `selfhost down` ends the bill.")
+    if not rental.guarded:
+        err.print(f"[yellow]![/] {UNGUARDED}")
+
+
+def failed_as_json(error: SelfhostError) -> None:
+    """What a program reads instead of the product: the error, its exit code, and what may be billed, if anything."""
+    told = {"message": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
+    shown = {
+        name: words.in_profile(text, words.speaking_for) if isinstance(text, str) else text
+        for name, text in told.items()
+    }
+    as_json({"error": shown, "left": list(error.left) if isinstance(error, MayBeBilling) else []})
+
+
+def invoices(bills: Sequence[Invoice]) -> None:
+    for bill in bills:
+        _invoice(bill)
 
 
 def ended(value: Ended) -> None:
     """The invoices, and the sentence that people came for."""
-    for bill in value.invoices:
-        _invoice(bill)
+    invoices(value.invoices)
     for box in value.unknown:
         out.print(f"also destroyed: box {box.id} ({escape(box.label)}), which the ledger did not know")
     if value.ledger_problem:
         out.print(f"[yellow]![/] {escape(value.ledger_problem)}; move that file away")
-    proof = PROOF if not value.foreign else "nothing of this installation is billed any more"
+    proof = PROOF if value.alone and not value.ledger_problem else PROOF_OF_OURS
     out.print(f"[green]✓[/] {proof}" if value.invoices or value.unknown else f"[green]✓[/] no box; {proof}")
     for box in value.foreign:
         out.print(
@@ -252,15 +274,32 @@ def _invoice(bill: Invoice) -> None:
         ("GPU", f"{bill.hours * 60:.1f} min  ${bill.gpu_dollars:.4f}"),
         ("disk", f"${bill.disk_dollars:.4f}"),
         ("traffic", f"{_gigabytes(bill.traffic_gb)}${bill.traffic_dollars:.4f}"),
-        ("total", f"[bold]${bill.total:.4f}[/]" + (" (estimate)" if bill.estimated else "")),
+        ("total", f"[bold]${bill.total:.4f}[/] ({figure(bill)})"),
         (
             "tokens",
             f"{used.input_tokens} in ({used.cached_tokens} reused), {used.output_tokens} out, {used.requests} requests",
         ),
-        ("per million tokens", f"${bill.per_million_tokens:.2f}" if bill.per_million_tokens is not None else "–"),
+        ("per million tokens", money(bill.per_million_tokens)),
     ):
         table.add_row(name, text)
     out.print(table)
+    if bill.uncertain:
+        out.print(
+            f"[yellow]![/] between {money(bill.least)} and {money(bill.most)}: when exactly it ended, only the market "
+            "knows. `selfhost cost` asks it again."
+        )
+
+
+def figure(bill: Invoice) -> str:
+    """Whose figures they are."""
+    return "estimate" if bill.estimated else "market's figure"
+
+
+def money(dollars: float | None) -> str:
+    """With enough digits for small amounts; "–" for none."""
+    if dollars is None:
+        return "–"
+    return f"${dollars:.2f}" if dollars >= 1 or not dollars else f"${dollars:.4f}"
 
 
 def _gigabytes(amount: float | None) -> str:
@@ -276,8 +315,8 @@ def _status(value: state.Status) -> None:
         ("tunnel", escape(f"{value.tunnel} {value.reason}".strip() + (f", {value.url}" if value.url else ""))),
         ("proxy", escape(str(value.box.get("status") or "not asked"))),
         ("tokens", f"{usage.input_tokens} in, {usage.output_tokens} out, {usage.requests} requests{_repaired(value)}"),
-        ("so far", f"${value.so_far.total:.4f} in {value.so_far.hours:.2f} h, traffic not counted"),
-        ("ends by itself", _caps(rental.caps)),
+        ("so far", _so_far(value.so_far)),
+        ("ends by itself", _caps(rental.caps) if rental.guarded else UNGUARDED),
         ("as it stands", ", ".join(_countdown(one) for one in value.ends)),
     ):
         out.print(f"[bold]{name:<14}[/]  {text}")
@@ -285,6 +324,12 @@ def _status(value: state.Status) -> None:
         out.print(f"[yellow]![/] {escape(soon)}")
     if (value.unwatched_s or 0) > UNWATCHED_S:
         out.print(f"[yellow]![/] its watchdog has not looked for {value.unwatched_s:.0f} s; the keeper starts it again")
+
+
+def _so_far(bill: Invoice) -> str:
+    traffic = "not counted yet" if bill.traffic_gb is None else f"of {_gigabytes(bill.traffic_gb).strip()} included"
+    told = f"{money(bill.total)} in {bill.hours:.2f} h, traffic {traffic}"
+    return f"{told}; between {money(bill.least)} and {money(bill.most)}" if bill.uncertain else told
 
 
 def extended(value: Extended) -> None:
@@ -329,12 +374,20 @@ def _caps(caps: Caps) -> str:
     )
 
 
+def _box(one: Invoice | Instance) -> dict[str, object]:
+    number = one.id if isinstance(one, Instance) else one.instance_id
+    return {"instance_id": number, "label": one.label, "gpu": one.gpu}
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         plain = {field.name: _plain(getattr(value, field.name)) for field in fields if field.repr}
         if isinstance(value, Invoice):
             plain |= {"total": value.total, "per_million_tokens": value.per_million_tokens}
+        if isinstance(value, Ended):
+            gone: tuple[Invoice | Instance, ...] = (*value.invoices, *value.unknown)
+            plain |= {"ended": [_box(one) for one in gone], "left": [_box(one) for one in value.foreign]}
         return plain
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from selfhost_cli.errors import in_profile as in_profile
+
 speaking_for = "default"
 """The profile of this process, for the commands that its texts show."""
 
@@ -15,13 +17,6 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         discard(2)
-
-
-def in_profile(text: str, profile: str) -> str:
-    """A text with each command in it made one for this profile: typed as shown, it must act on the right box."""
-    if profile == "default":
-        return text
-    return text.replace("`selfhost ", f"`selfhost --profile {profile} ")
 
 
 def discard(descriptor: int) -> None:

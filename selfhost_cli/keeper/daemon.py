@@ -16,12 +16,13 @@ from contextlib import closing
 
 from aiohttp import web
 
-from selfhost_cli import __version__, attach, config, countdown
+from selfhost_cli import __version__, attach, config, countdown, invoice
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import SelfhostError
 from selfhost_cli.keeper import wiring
-from selfhost_cli.keeper.deadlines import Deadlines, Work, outlived
+from selfhost_cli.keeper.deadlines import LAST_TRIES_S, Deadlines, Watch, Work, outlived
 from selfhost_cli.keeper.links import Line, Link
+from selfhost_cli.keeper.notice import Notice
 from selfhost_cli.ledger import Ledger, Usage
 from selfhost_cli.lock import ProcessLock
 from selfhost_cli.model import Endpoint, Event, Rental, State
@@ -59,6 +60,8 @@ class _Keeper:
         self._rentals: list[Rental] = []
         self._deadlines = Deadlines(settings)
         self._warnings = countdown.Warnings()
+        self._notice = Notice(settings.paths, settings.profile)
+        self._began = time.monotonic()
         self._stop = asyncio.Event()
         # One worker: whatever ends boxes does so one after the other, with a ledger of its own thread.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="ending")
@@ -79,6 +82,7 @@ class _Keeper:
             await self._loop()
         finally:
             self._settings.paths.keeper_file.unlink(missing_ok=True)
+            self._notice.tell("")
             for link in self._links.values():
                 link.stop()
             await runner.cleanup()
@@ -101,6 +105,7 @@ class _Keeper:
     def _tick(self) -> None:
         try:
             self._read()
+            self._note_traffic()
             self._relink()
             self._end_what_nobody_uses()
             self._warn()
@@ -119,7 +124,7 @@ class _Keeper:
 
     def _relink(self) -> None:
         """One link per rental that ssh reaches, none for those that are to end, a new one once the proxy has a port."""
-        wanted = {rental.label: rental for rental in self._rentals if rental.state in (State.INSTALLING, State.READY)}
+        wanted = {rental.label: rental for rental in self._rentals if self._is_worth_a_link(rental)}
         for label, link in list(self._links.items()):
             rental = wanted.get(label)
             if rental is None or rental.proxy_port != link.rental.proxy_port or not link.is_alive():
@@ -129,36 +134,61 @@ class _Keeper:
                 self._links[label] = Link(rental, self._open_line, self._endpoints)
                 self._links[label].start()
 
+    def _is_worth_a_link(self, rental: Rental) -> bool:
+        """A link renews the lease: a box that is to end must not live on it, should we fail to end it."""
+        return rental.state is State.READY or (
+            rental.state is State.INSTALLING and not self._deadlines.orphaned(rental)
+        )
+
     def _open_line(self, rental: Rental, endpoint: Endpoint) -> Line:
         return wiring.open_line(self._settings, rental, endpoint)
 
-    def _endpoints(self, rental: Rental) -> Sequence[Endpoint]:
-        """Where the market says the box is now; called from a link's thread."""
+    def _endpoints(self, rental: Rental) -> Sequence[Endpoint] | None:
+        """Where the market says the box is now, None when it says that there is none; called from a link's thread."""
         try:
             box = wiring.provider(self._settings).get(rental.instance_id or 0)
         except SelfhostError as error:
             log.warning("box %s: %s", rental.instance_id, error.message)
             return ()
-        return box.endpoints if box else ()
+        return box.endpoints if box else None
 
     def _end_what_nobody_uses(self) -> None:
         for rental in self._rentals:
             link = self._links.get(rental.label)
-            if work := self._deadlines.due(rental, link.down_since if link else None):
+            watch = Watch(link.down_since, link.last, link.heard.verdict if link.heard else "") if link else None
+            if work := self._deadlines.due(rental, watch):
                 self._worker.submit(self._work, work, rental)
 
     def _warn(self) -> None:
-        """Before a cap or idleness ends a box: in the log, as in `status`."""
+        """Before a cap or idleness ends a box: in the log, as in `status`, and where Claude Code shows it."""
+        told = []
         for rental in self._rentals:
             link = self._links.get(rental.label)
-            if link and link.heard and rental.state is State.READY:
-                ends = countdown.countdowns(rental, link.heard, now=time.time())
+            heard = (link.last if link else None) or rental.heard
+            if heard and rental.state is State.READY:
+                away = link is None or link.down_since is not None
+                ends = countdown.projected(rental, heard, now=time.time(), away=away)
+                told.append(countdown.in_short(rental, ends))
                 for text in self._warnings.due(rental, ends):
                     log.warning("%s", text)
+        self._notice.tell("; ".join(filter(None, told)))
+
+    def _note_traffic(self) -> None:
+        """What the boxes' watchdogs counted, in the ledger: `down` bills it when the market has no figures yet."""
+        for rental in self._rentals:
+            link = self._links.get(rental.label)
+            heard = link.last if link else None
+            if link and heard and invoice.worth_noting(rental, heard, lost=link.down_since is not None):
+                try:
+                    self._ledger.amend(rental.label, heard=heard)
+                except SelfhostError as error:  # a worse estimate, and no reason to look after boxes less
+                    log.error("%s", error.message)
 
     def _needs_us(self, rental: Rental) -> bool:
         link = self._links.get(rental.label)
-        return (link is not None and link.down_since is None) or not outlived(rental, time.time())
+        if link is not None and link.down_since is None:
+            return True
+        return not outlived(rental, time.time()) or time.monotonic() - self._began < LAST_TRIES_S
 
     def _work(self, work: Work, rental: Rental) -> None:
         try:
@@ -181,7 +211,7 @@ class _Keeper:
     def _upstream(self) -> front.Upstream | front.Away:
         for rental in self._rentals:
             link = self._links.get(rental.label)
-            if link and link.state == "up" and link.port:
+            if link and link.port:
                 return front.Upstream(f"http://127.0.0.1:{link.port}", rental.box_token, rental.label)
         if not self._rentals:
             return front.Away("gone", "no box is rented: run `selfhost up`", 15)

@@ -12,14 +12,14 @@ the ledger says. The rules that keep people from paying for a lost machine:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from selfhost_cli.config import Source
 from selfhost_cli.errors import (
+    BoxFailed,
     MarketError,
     MayBeBilling,
     NothingToRent,
-    NotServable,
-    NotSetUp,
     OfferGone,
     SelfhostError,
     Superseded,
@@ -29,13 +29,15 @@ from selfhost_cli.ledger import LedgerBroken
 from selfhost_cli.lifecycle.ending import check_market, down, finish, headline, lost_ledger, prove, settle
 from selfhost_cli.lifecycle.renting import create, make_plan, preflight
 from selfhost_cli.lifecycle.steps import advance, check_health
-from selfhost_cli.lifecycle.world import SIMULATED, Books, Ended, Keeper, Plan, Report, World
+from selfhost_cli.lifecycle.world import ANY_INSTALLATION, SIMULATED, Books, Ended, Keeper, Plan, Report, World
 from selfhost_cli.lock import ProcessLock
 from selfhost_cli.model import Event, Instance, Rental, State
 from selfhost_cli.wait import Pending, until
 
-CREATE_PAUSE_S = 5.0
-"""Between two paid calls: the market's own limit is 4.5 s."""
+PAUSE_S = 5.0
+"""Before another offer is taken: the market's own limit between two paid calls is 4.5 s."""
+OFFERS = 5
+"""Offers to ask for before the market's list is too old."""
 
 
 def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = True) -> Rental:
@@ -56,7 +58,7 @@ def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = Tr
             plan = make_plan(world)
             if not confirm(plan):
                 raise SelfhostError("nothing was rented")
-            return _guarded(world, lambda: _rent(world, plan))
+            return _rent(world, plan)
         _check_wishes(world, rental)
         if rental.state is State.READY:
             return _attach(world, rental)
@@ -74,9 +76,13 @@ def _unfinished(world: World) -> Rental | None:
             settle(world, rental)
     live = world.ledger.live()
     known = {rental.label for rental in live}
+    others: list[Instance] = []
 
     def look() -> list[Instance] | Pending:
-        unknown = [box for box in world.provider.instances(world.prefix) if box.label not in known]
+        nonlocal others
+        listed = world.provider.instances(ANY_INSTALLATION)
+        others = [box for box in listed if not box.label.startswith(world.prefix)]
+        unknown = [box for box in listed if box not in others and box.label not in known]
         if unknown or not lost or world.clock.monotonic() - began >= world.settings.listing_lag:
             return unknown
         return Pending("the ledger is new, and a box of an older one may still appear in the market's list")
@@ -88,6 +94,9 @@ def _unfinished(world: World) -> Rental | None:
             f"box {unknown[0].id} (${unknown[0].dph_total:.2f}/h) carries our label, but the ledger does not know it",
             "End it with `selfhost down`.",
         )
+    for box in others:
+        said = f"box {box.id} (${box.dph_total:.2f}/h) of another installation of selfhost runs on this account, too"
+        world.report(Event("plan", "note", said))
     world.ledger.vouch()
     return live[0] if live else None
 
@@ -107,6 +116,7 @@ def _check_wishes(world: World, rental: Rental) -> None:
         "max_spend": (wish.max_spend == caps.max_dollars, f"${caps.max_dollars:g}"),
         "idle": (round(wish.idle * 60) == caps.idle_s, f"{caps.idle_s / 60:g} minutes"),
         "port": (wish.port == port, f"port {port}"),
+        "attempts": (True, ""),
         # Whether its watchdog is armed is asked while it gets ready.
         "unguarded": (rental.state is not State.READY, "the watchdog that it has"),
     }
@@ -131,21 +141,19 @@ def _guarded(world: World, work: Callable[[], Rental]) -> Rental:
 
 
 def _clean_up(world: World, cause: BaseException) -> None:
-    """Only called while no box was READY before, so all that carries our prefix is this `up`'s."""
+    """Only called while no box was READY before. Another laptop may share our settings, and so our prefix."""
     reason = "interrupted" if isinstance(cause, KeyboardInterrupt) else str(cause)
     rentals: list[Rental] = []
     try:
         try:
             rentals = world.ledger.live()
             for rental in rentals:
-                world.ledger.end(
-                    rental.label, reason, blameless=isinstance(cause, NotServable | NotSetUp | MarketError)
-                )
+                world.ledger.end(rental.label, reason, blameless=not isinstance(cause, BoxFailed))
             if not rentals:
                 return  # nothing was sent, or the market said no
         except LedgerBroken as error:
             world.report(Event("down", "note", f"{error.message}; ending what carries our label"))
-        prove(world, rentals)
+        prove(world, rentals, only=rentals[0].label if len(rentals) == 1 else "")
     except MayBeBilling as error:
         raise error from cause
     except BaseException as error:
@@ -153,18 +161,49 @@ def _clean_up(world: World, cause: BaseException) -> None:
 
 
 def _rent(world: World, plan: Plan) -> Rental:
-    """Walk the offers until one is ours and READY."""
-    problem: MarketError | None = None
-    for turn, ranked in enumerate(plan.choice.ranked[:5]):
-        if turn:
-            world.clock.sleep(CREATE_PAUSE_S if not world.settings.sandbox else 0.2)
+    """One machine after the other until one is READY. What failed is destroyed, and proven gone, before the next."""
+    left = plan.attempts
+    while True:
         try:
-            rental = create(world, plan, ranked)
+            return _guarded(world, lambda wanted=plan: advance(world, _take(world, wanted)))  # type: ignore[misc]
+        except BoxFailed as error:
+            left -= 1
+            if not left:
+                raise
+            world.report(Event("rent", "note", f"{error.message}; it is destroyed, and another machine is tried"))
+            world.clock.sleep(PAUSE_S)
+            plan = _again(world, plan, error)
+
+
+def _again(world: World, confirmed: Plan, cause: BoxFailed) -> Plan:
+    """What the market has now, within what was confirmed. Raises NothingToRent, with what the last machine did."""
+    if left := world.provider.instances(world.prefix):
+        raise headline([], left, "it is listed again after it was proven gone") from cause
+    try:
+        plan = make_plan(world)
+    except NothingToRent as error:
+        raise NothingToRent(f"{error.message}; before that: {cause.message}", error.remedy) from cause
+    return replace(plan, ceiling=confirmed.ceiling)
+
+
+def _take(world: World, plan: Plan) -> Rental:
+    """Walk the offers until one is ours."""
+    problem: MarketError | None = None
+    affordable = [ranked for ranked in plan.choice.ranked if ranked.offer.dph_total <= plan.ceiling]
+    for turn, ranked in enumerate(affordable[:OFFERS]):
+        if turn:
+            world.clock.sleep(PAUSE_S)
+        try:
+            return create(world, plan, ranked)
         except OfferGone as error:
             world.report(Event("rent", "note", f"{error.message}; trying the next one"))
             problem = error
-            continue
-        return advance(world, rental)
+    if not affordable:
+        raise NothingToRent(
+            f"the cheapest machine is ${plan.best.offer.dph_total:.3f}/h by now, more than the ${plan.ceiling:.3f}/h "
+            "that the confirmed plan allows",
+            "Run `selfhost up` again and look at its plan.",
+        )
     raise NothingToRent("every offer was gone when we asked for it", "Run `selfhost up` again.") from problem
 
 

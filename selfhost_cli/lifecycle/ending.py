@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
+from selfhost_cli import config
 from selfhost_cli.errors import (
     KeyRefused,
     MarketError,
     MayBeBilling,
 )
-from selfhost_cli.invoice import Invoice, invoice
-from selfhost_cli.ledger import LedgerBroken, Usage
+from selfhost_cli.invoice import Invoice
+from selfhost_cli.ledger import LedgerBroken
+from selfhost_cli.lifecycle.billing import bill
 from selfhost_cli.lifecycle.world import ANY_INSTALLATION, Books, Ended, market_of
 from selfhost_cli.lock import ProcessLock
 from selfhost_cli.model import Event, Instance, Rental
@@ -31,7 +33,10 @@ def down(books: Books, *, everything: bool = False) -> Ended:
     selfhost on this account; nothing else is ever touched.
     """
     with ProcessLock(books.settings.paths.down_lock) as lock:
-        lock.acquire()  # a second `down` beside us does no harm: everything here may be done twice
+        try:
+            lock.acquire()  # a second `down` beside us does no harm: everything here may be done twice
+        except OSError as error:  # a disk that is full or gone must not keep the bill running
+            books.report(Event("down", "note", f"{lock.path} cannot be written: {error.strerror}"))
         rentals, broken = _record_ending(books)
         check_market(books, rentals)
         lost = lost_ledger(books)
@@ -45,23 +50,25 @@ def down(books: Books, *, everything: bool = False) -> Ended:
         unknown = prove(books, rentals, everything=everything, distrust=distrust)
         with suppress(LedgerBroken):
             books.ledger.vouch()
-        foreign = () if everything else _others(books)
-        return Ended(tuple(_bill(books, rental) for rental in rentals), unknown, foreign, broken)
+        others = _others(books)
+        foreign = tuple(box for box in others or () if box.label.startswith(ANY_INSTALLATION))
+        return Ended(tuple(bill(books, rental) for rental in rentals), unknown, foreign, broken, alone=others == ())
 
 
 def finish(books: Books, rental: Rental) -> Invoice:
     """End one rental that is recorded as ENDING: destroy, prove, record. Repeatable, by whoever gets to it."""
     check_market(books, [rental])
     prove(books, [books.ledger.get(rental.label) or rental], only=rental.label)
-    return _bill(books, rental)
+    return bill(books, rental)
 
 
 def settle(books: Books, rental: Rental) -> bool:
     """Whether a box has ended by itself (its watchdog, its host): recorded only when the market's list proves it."""
     check_market(books, [rental])
-    if _young(rental, books.settings.listing_lag, books.clock.time()):
+    if young(rental, books.settings.listing_lag, books.clock.time()):
         return False  # not being listed proves nothing yet
-    if any(box.id == rental.instance_id for box in books.provider.instances(rental.label)):
+    numbers = [rental.instance_id] if rental.instance_id else []
+    if books.provider.instances(rental.label, numbers) or any(map(books.provider.get, numbers)):
         return False
     books.ledger.end(rental.label, "the box ended by itself")
     finish(books, rental)
@@ -71,7 +78,7 @@ def settle(books: Books, rental: Rental) -> bool:
 def lost_ledger(books: Books) -> bool:
     """Whether there was a ledger before this one, which nobody could ask. Ask before anything asks for the prefix."""
     try:
-        if not (books.settings.paths.config / "installation").exists():
+        if not config.installed(books.settings.paths):
             books.ledger.vouch()  # no box can carry a prefix that was never made
         return not books.ledger.vouches()
     except LedgerBroken:
@@ -141,30 +148,41 @@ def _sure_holder(lock: ProcessLock, clock: Clock) -> int | None:
 
 
 def prove(
-    books: Books, rentals: list[Rental], *, only: str = "", everything: bool = False, distrust: bool = False
+    books: Books,
+    rentals: list[Rental],
+    *,
+    only: str = "",
+    everything: bool = False,
+    distrust: bool = False,
+    these: Collection[str] | None = None,
 ) -> tuple[Instance, ...]:
     """Destroy until a complete listing shows none of ours, and return the boxes that the ledger did not know.
 
+    Ours is what carries the label, and every box that a rental knows by number: labels can be changed at the market.
     What the listing says decides; a destroy that fails is told and tried again. Absence counts only once the listing
     can no longer lag behind the last possible create: of a rental without an id, of a young one, or, when the ledger
-    cannot be trusted, of any. Raises MayBeBilling naming what may be left.
+    cannot be trusted, of any. `these`: only what carries one of these labels, whoever's it is. Raises MayBeBilling
+    naming what may be left.
     """
-    prefix = only or (ANY_INSTALLATION if everything else books.prefix)
+    prefix = only or (ANY_INSTALLATION if everything or these is not None else books.prefix)
     known = {rental.label for rental in rentals}
     numbers = [rental.instance_id for rental in rentals if rental.instance_id is not None]
     listed: dict[int, Instance] = {}
     asked: dict[int, float] = {}
+    gone: dict[int, float] = {}
     problems: dict[int, str] = {}
     lag, began = books.settings.listing_lag, books.clock.monotonic()
-    may_appear = distrust or any(_young(rental, lag, books.clock.time()) for rental in rentals)
+    may_appear = distrust or any(young(rental, lag, books.clock.time()) for rental in rentals)
 
     def destroy(number: int) -> None:
         asked[number] = books.clock.monotonic()
         try:
             books.provider.destroy(number)
+            gone.setdefault(number, books.clock.time())  # if the proof comes: the bill ended here
         except MarketError as error:
             problems[number] = error.message
             asked.pop(number)
+            gone.pop(number, None)
 
     def wait(why: str) -> Pending:
         books.report(Event("down", "progress", why))
@@ -173,7 +191,8 @@ def prove(
     def look() -> bool | Pending:
         nonlocal may_appear
         try:
-            boxes = books.provider.instances(prefix)
+            boxes = books.provider.instances(prefix, numbers)
+            boxes = [box for box in boxes if these is None or box.label in these or box.id in numbers]
         except KeyRefused:
             raise
         except MarketError as error:
@@ -211,53 +230,43 @@ def prove(
         if not rentals and not listed and isinstance(error, MarketError):
             raise  # no sign of a box anywhere: this is about the key or the network
         raise headline(rentals, strangers(), str(error) or "interrupted") from error
-    _record_ended(books, rentals)
+    _record_ended(books, rentals, gone)
     books.report(Event("down", "done", "the market lists none of our boxes"))
     return strangers()
 
 
-def _young(rental: Rental, lag: float, now: float) -> bool:
+def young(rental: Rental, lag: float, now: float) -> bool:
     """Whether the listing may not know the box yet."""
     return rental.sent_at is not None and (rental.instance_id is None or now - rental.sent_at < lag)
 
 
-def _record_ended(books: Books, rentals: list[Rental]) -> None:
+def _record_ended(books: Books, rentals: list[Rental], gone: Mapping[int, float]) -> None:
     for rental in rentals:
         try:
-            books.ledger.ended(rental.label, books.clock.time())
+            books.ledger.ended(rental.label, gone.get(rental.instance_id or 0, books.clock.time()))
         except LedgerBroken as error:
             books.report(Event("down", "note", f"the box is gone, but {error.message}"))
 
 
-def _others(books: Books) -> tuple[Instance, ...]:
-    ours = books.prefix
+def _others(books: Books) -> tuple[Instance, ...] | None:
+    """What else the account has, None when that cannot be told."""
     try:
-        boxes = books.provider.instances(ANY_INSTALLATION)
+        boxes = books.provider.instances("")
     except MarketError as error:
-        books.report(Event("down", "note", f"other installations were not looked for: {error.message}"))
-        return ()
-    return tuple(box for box in boxes if not box.label.startswith(ours))
-
-
-def _bill(books: Books, rental: Rental) -> Invoice:
-    """The invoice; the market's own figures when it has them. Not being able to ask is no reason to fail `down`."""
-    usage, charges = Usage(), None
-    try:
-        rental = books.ledger.get(rental.label) or rental
-        usage = books.ledger.usage(rental.label)
-        if rental.instance_id is not None:
-            charges = books.provider.charges(rental.instance_id, rental.sent_at or rental.created_at)
-    except (LedgerBroken, MarketError) as error:
-        books.report(Event("down", "note", f"the invoice is an estimate: {error.message}"))
-    return invoice(rental, usage, charges, now=books.clock.time())
+        books.report(Event("down", "note", f"what else runs on this account is unknown: {error.message}"))
+        return None
+    return tuple(box for box in boxes if not box.label.startswith(books.prefix))
 
 
 def headline(rentals: Sequence[Rental], strangers: Sequence[Instance], why: str) -> MayBeBilling:
     """Money may still flow: what, how much, and the command that ends it."""
     told = [str(rental) for rental in rentals]
     told += [f"box {box.id} ({box.gpu}, ${box.dph_total:.2f}/h)" for box in strangers]
+    rows = [(rental.instance_id, rental.label, rental.gpu, rental.dph_total) for rental in rentals]
+    rows += [(box.id, box.label, box.gpu, box.dph_total) for box in strangers]
     return MayBeBilling(
         f"{', '.join(told) or 'a box of this installation'} MAY STILL BE BILLING: {why}",
         "Run `selfhost down` until it says that nothing is billed any more, or end it at "
         "https://cloud.vast.ai/instances/.",
+        left=[dict(zip(("instance_id", "label", "gpu", "dph_total"), row, strict=True)) for row in rows],
     )

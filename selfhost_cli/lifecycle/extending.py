@@ -1,4 +1,8 @@
-"""Moves what ends a box by itself: on the box first, by its own script and over ssh alone, then in the ledger."""
+"""Moves what ends a box by itself: on the box, by its own script and over ssh alone, and in the ledger.
+
+The ledger has the later of both ends before the box is told: the keeper, which ends what its watchdog did not, must
+never be stricter than the box.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,10 @@ from selfhost_cli.remote import ConnectionLost, NotYet, Remote
 ANSWER_S = 20.0
 MOST = 99_999.0
 """Of hours, minutes or dollars; the box takes nine digits."""
+
+
+class _Refused(SelfhostError):
+    """The box holds on to what it had."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ def extend(ledger: Ledger, reach: Reach, wish: Wish, *, now: float) -> Extended:
         wanted = wish.on(before)
         _check_not_over(rental, before, wanted, measured, now)
         moved = {name: value for name, value in asdict(wanted).items() if value != getattr(before, name)}
+        ledger.note(_checked(ledger.get(rental.label) or rental), caps=_later(before, wanted))
         try:
             held, measured = _limits(remote, *(f"{name.upper()}={value:.12g}" for name, value in moved.items()))
         except ConnectionLost as error:
@@ -106,6 +115,9 @@ def extend(ledger: Ledger, reach: Reach, wish: Wish, *, now: float) -> Extended:
                 f"{error.message}; whether the caps were moved is not known",
                 "Run it again, with a total rather than with +: that can be repeated.",
             ) from error
+        except _Refused:
+            ledger.note(_checked(ledger.get(rental.label) or rental), caps=before)
+            raise
     finally:
         remote.close()
     if any(getattr(held, name) != value for name, value in moved.items()):
@@ -154,7 +166,7 @@ def _limits(remote: Remote, *moved: str) -> tuple[Caps, Measured | None]:
     """Ask the box's script, or tell it; what holds."""
     result = remote.run(" ".join([install.LIMITS, *moved]), timeout=ANSWER_S)
     if result.code:
-        raise SelfhostError(f"the box did not take new caps: {result.err.strip() or f'status {result.code}'}")
+        raise _Refused(f"the box did not take new caps: {result.err.strip() or f'status {result.code}'}")
     told = dict(line.partition("=")[::2] for line in result.out.splitlines())
     try:
         seconds = {name: round(float(told[name.upper()])) for name in ("lease_s", "idle_s", "max_s")}
@@ -162,6 +174,11 @@ def _limits(remote: Remote, *moved: str) -> tuple[Caps, Measured | None]:
     except (KeyError, ValueError) as error:
         raise SelfhostError(f"the box does not tell its caps: {result.out.strip()[:200]}") from error
     return caps, countdown.parse(told.get("WATCH", ""))
+
+
+def _later(one: Caps, other: Caps) -> Caps:
+    values = asdict(one)
+    return Caps(**{name: max(value, getattr(other, name)) for name, value in values.items()})
 
 
 def _check_not_over(rental: Rental, before: Caps, wanted: Caps, measured: Measured | None, now: float) -> None:

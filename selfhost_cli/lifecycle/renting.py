@@ -13,7 +13,6 @@ from selfhost_cli import archive, config, offers, payload
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import (
     AnswerLost,
-    MarketError,
     NoCredit,
     NothingToRent,
     NotSetUp,
@@ -24,6 +23,8 @@ from selfhost_cli.lifecycle.world import SIMULATED, Plan, World, market_of
 from selfhost_cli.model import BoxSpec, Caps, Event, Need, Rental, State
 
 FORGIVEN_S = 14 * 86_400.0
+SUBSTITUTE = 1.25
+"""What another machine may cost, as a multiple of the confirmed one's $/h, unless --max-price said what may be paid."""
 
 
 def preflight(world: World, *, needs_claude: bool = True) -> None:
@@ -94,7 +95,14 @@ def make_plan(world: World) -> Plan:
         hours=settings.hours,
         account=account,
         simulated=settings.sandbox,
+        attempts=settings.attempts,
+        ceiling=ceiling(settings, best.offer.dph_total),
     )
+
+
+def ceiling(settings: Settings, confirmed: float) -> float:
+    """The most that a machine may cost in $/h, where one for `confirmed` was agreed to."""
+    return settings.max_price or confirmed * SUBSTITUTE
 
 
 def _model_bytes(world: World) -> int:
@@ -172,21 +180,22 @@ def create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
         disk_gb=plan.disk_gb,
     )
     world.ledger.intend(rental)
+
+    def sending() -> None:
+        nonlocal rental
+        rental = world.ledger.note(rental, sent_at=world.clock.time())  # raises Superseded once `down` has come
+
     try:
         if label not in world.keeper.watched():
             raise SelfhostError("the keeper does not watch the new rental", "Run `selfhost up` again.")
         world.report(Event("rent", "start", f"renting {rental.gpu} in {offer.place or 'an unknown place'}"))
-        rental = world.ledger.note(rental, sent_at=world.clock.time())
-    except SelfhostError as error:
-        world.ledger.ended(label, world.clock.time(), f"not sent: {error.message}")
-        raise
-    try:
-        instance_id = world.provider.create(offer, spec)
+        instance_id = world.provider.create(offer, spec, sending)
     except AnswerLost:
         world.report(Event("rent", "note", "the market's answer was lost; looking for the box by its label"))
         return rental
-    except MarketError as error:
-        world.ledger.ended(label, world.clock.time(), f"refused: {error.message}")
+    except SelfhostError as error:
+        why = "refused" if rental.sent_at else "not sent"
+        world.ledger.ended(label, world.clock.time(), f"{why}: {error.message}")
         raise
     world.report(Event("rent", "done", f"box {instance_id}"))
     return world.ledger.advance(rental, State.BOOTING, instance_id=instance_id)
@@ -213,12 +222,12 @@ def _box_env(settings: Settings, plan: Plan, ranked: offers.Ranked) -> dict[str,
     return env
 
 
-def _failed_before(world: World) -> set[int]:
-    """Machines on which a box of ours never got ready, in the last two weeks."""
+def _failed_before(world: World) -> dict[int, str]:
+    """Machines on which a box of ours never got ready, in the last two weeks, and why it did not."""
     since = world.clock.time() - FORGIVEN_S
     ours = ("down", "interrupted")
     return {
-        rental.machine_id
+        rental.machine_id: rental.reason
         for rental in world.ledger.all()
         if rental.instance_id
         and rental.ready_at is None
@@ -231,7 +240,8 @@ def _failed_before(world: World) -> set[int]:
 def _why_nothing(world: World, need: Need, download: float) -> str:
     """Ask again without the limits, so that they can be named."""
     loose = replace(need, gpu_ram_mb=0, ram_mb=0, reliability=0.0, inet_down_mbps=0.0, hours=0.0, max_price=None)
-    choice = offers.choose(need, world.provider.offers(loose), download_bytes=download)
+    found = world.provider.offers(loose)
+    choice = offers.choose(need, found, download_bytes=download, avoid=_failed_before(world))
     if not choice.refused:
         return f"the market has no {need.gpu} now"
     reasons = Counter(refusal.why for refusal in choice.refused).most_common(4)

@@ -9,19 +9,24 @@ from selfhost_cli import __version__, archive, health, install
 from selfhost_cli.archive import Archive
 from selfhost_cli.attach import Front
 from selfhost_cli.errors import (
+    BoxFailed,
     KeyRefused,
+    MarketError,
     MarketUnreachable,
     NotServable,
     SelfhostError,
 )
-from selfhost_cli.lifecycle.renting import login_key
-from selfhost_cli.lifecycle.world import SIMULATED, Report, World
-from selfhost_cli.model import BoxState, Event, Instance, Rental, State
-from selfhost_cli.remote import NotYet, Remote
+from selfhost_cli.lifecycle.renting import ceiling, login_key
+from selfhost_cli.lifecycle.stages import Stages
+from selfhost_cli.lifecycle.world import SIMULATED, World
+from selfhost_cli.model import BoxState, Endpoint, Event, Instance, Rental, State
+from selfhost_cli.remote import ConnectionLost, NotYet, Remote
 from selfhost_cli.wait import Pending, TimedOut, until
 
 ARM_S = 60.0
 TUNNEL_S = 60.0
+LOSSES = 3
+"""So often the connection may break during the install; the box goes on with it meanwhile."""
 
 
 def advance(world: World, rental: Rental) -> Rental:
@@ -58,44 +63,40 @@ def _resolve(world: World, rental: Rental) -> Rental:
 
 def _boot(world: World, rental: Rental) -> Rental:
     """BOOTING: wait until the box shows the host key that we gave it, and lets us in."""
-    assert rental.instance_id is not None
-    instance_id, current = rental.instance_id, rental
+    current, attached = rental, False
     login, public = login_key(world)
-    attached = False
+    stages = Stages(world.settings, world.clock)
 
     def knock() -> Rental | Pending:
         nonlocal attached, current
-        box = _look_up(world, current)
-        if box is None:
-            return Pending("the market does not list the box yet")
-        if box.state is BoxState.FAILED:
-            raise SelfhostError(
-                f"box {instance_id} will not start: {box.status} {box.message}".rstrip(), "Run `selfhost up` again."
-            )
-        world.report(Event("boot", "progress", f"{box.status} {box.message}".rstrip()))
-        if box.state is not BoxState.RUNNING or not box.endpoints:
-            return Pending(f"the box is {box.status}")
+        try:
+            box = _look_up(world, current)
+        except MarketUnreachable as error:
+            stages.skip()
+            return Pending(error.message)
+        seen = f"{box.status} {box.message}".rstrip() if box else "the market does not list the box yet"
+        if box is None or not (box.state is BoxState.RUNNING and box.endpoints):
+            loading = box is not None and box.status == "loading"
+            stages.enter("loading" if loading else "created", seen, began=None if loading else current.sent_at)
+            return Pending(seen)
         if current.running_at is None:
-            current = world.ledger.note(current, running_at=world.clock.time())
+            current = world.ledger.note(current, running_at=world.clock.time(), **_price(world, current, box))
         if not attached:
-            world.provider.attach_key(instance_id, public)
+            _attach(world, box.id, public)
             attached = True
-        reasons = []
-        for endpoint in box.endpoints:
-            try:
-                world.connect(endpoint, current.host_key, login).close()
-            except NotYet as error:
-                reasons.append(error.message)
-            else:
-                return world.ledger.advance(current, State.INSTALLING, endpoint=endpoint)
+        met, why = _knock(world, current, box.endpoints, login)
+        if met:
+            met[1].close()
+            return world.ledger.advance(current, State.INSTALLING, endpoint=met[0])
+        stages.enter("ssh", why, began=current.running_at)
         current = world.ledger.note(current)  # raises Superseded once `down` has come
-        return Pending("; ".join(reasons))
+        return Pending(why)
 
-    world.report(Event("boot", "start", f"box {instance_id}"))
+    world.report(Event("boot", "start", f"box {rental.instance_id}"))
     ready = until(
         knock,
-        what=f"ssh to box {instance_id}",
-        seconds=world.settings.boot_timeout * 60,
+        what=f"ssh to box {rental.instance_id}",
+        seconds=world.settings.ready_timeout * 60,
         every=world.settings.poll,
         clock=world.clock,
     )
@@ -103,35 +104,116 @@ def _boot(world: World, rental: Rental) -> Rental:
     return ready
 
 
+def _attach(world: World, instance_id: int, public: str) -> None:
+    """Put our login key on the box. It has been on the account since before, and onstart brings it, too."""
+    try:
+        world.provider.attach_key(instance_id, public)
+    except KeyRefused:
+        raise
+    except MarketError as error:
+        world.report(Event("boot", "note", error.message))
+
+
+def _price(world: World, rental: Rental, box: Instance) -> dict[str, float]:
+    """What the box costs by the market's own word, where that is not what the offer said.
+
+    Raises BoxFailed when it is more than was confirmed: an offer may have become dearer while it was looked at.
+    """
+    more = box.dph_total - rental.dph_total
+    if abs(more) < 0.0005 or not box.dph_total:
+        return {}
+    said = f"box {box.id} costs ${box.dph_total:.3f}/h, and its offer said ${rental.dph_total:.3f}/h"
+    if box.dph_total > ceiling(world.settings, rental.dph_total):
+        raise BoxFailed(said, "Run `selfhost up` again and look at its plan.")
+    world.report(Event("boot", "note", said))
+    return {"dph_total": box.dph_total, "dph_base": rental.dph_base + more}
+
+
 def _look_up(world: World, rental: Rental) -> Instance | None:
-    """The box as the market shows it now; a market that does not answer is "not yet", it may come back."""
+    """The box as the market shows it now, None when it is not listed yet.
+
+    Raises BoxFailed when the market says that it will not start, MarketUnreachable when it says nothing.
+    """
     assert rental.instance_id is not None
     try:
-        return world.provider.get(rental.instance_id)
+        box = world.provider.get(rental.instance_id)
     except KeyRefused:
         raise
     except MarketUnreachable as error:
         world.report(Event("boot", "note", error.message))
+        raise
+    if box is None:
         return None
+    said = f"{box.status} {box.message}".rstrip()
+    if box.state is BoxState.FAILED:
+        raise BoxFailed(f"box {box.id} will not start: {said}", "Run `selfhost up` again.")
+    world.report(Event("boot", "progress", said))
+    return box
+
+
+def _knock(
+    world: World, rental: Rental, endpoints: tuple[Endpoint, ...], login: Path
+) -> tuple[tuple[Endpoint, Remote] | None, str]:
+    """The first of the endpoints that lets us in and a connection there; or None, and why none does."""
+    reasons = []
+    for endpoint in endpoints:
+        try:
+            return (endpoint, world.connect(endpoint, rental.host_key, login)), ""
+        except NotYet as error:
+            reasons.append(error.message)
+    return None, "; ".join(reasons)
 
 
 def _install(world: World, rental: Rental) -> Rental:
     """INSTALLING: watchdog armed, engine and proxy up, one real token through the tunnel."""
-    assert rental.endpoint is not None
-    login, _ = login_key(world)
-    remote = until(
-        lambda: _connect(world, rental, login), what="ssh", seconds=120, every=world.settings.poll, clock=world.clock
-    )
-    try:
-        _check_armed(world, remote)
-        spec = _install_spec(world, rental)
-        installed = install.apply(remote, spec, _until_deadline(world))
-        _remember(world, spec, installed.archive)
-        rental = world.ledger.note(rental, proxy_port=installed.proxy_port)
-        check_health(world, rental)
-    finally:
-        remote.close()
+    stages = Stages(world.settings, world.clock)
+    spec = _install_spec(world, rental)
+
+    def observe(event: Event) -> None:
+        world.report(event)
+        stages.observe(event)
+
+    for left in reversed(range(LOSSES + 1)):
+        rental, remote = _reach(world, rental, stages)
+        try:
+            guarded = _check_armed(world, remote)
+            installed = install.apply(remote, spec, observe)
+            break
+        except ConnectionLost as error:
+            if not left:
+                raise BoxFailed(f"{error.message}, and {LOSSES} times before", error.remedy) from error
+            world.report(Event("install", "note", f"{error.message}; connecting again"))
+        finally:
+            remote.close()
+    _remember(world, spec, installed.archive)
+    rental = world.ledger.note(rental, proxy_port=installed.proxy_port, guarded=guarded)
+    check_health(world, rental)
     return world.ledger.advance(rental, State.READY, ready_at=world.clock.time())
+
+
+def _reach(world: World, rental: Rental, stages: Stages) -> tuple[Rental, Remote]:
+    """A connection to a box that had let us in: where it was then, or where the market says that it is now."""
+    login, _ = login_key(world)
+    assert rental.endpoint is not None
+    endpoints: tuple[Endpoint, ...] = (rental.endpoint,)
+
+    def ask() -> tuple[Endpoint, Remote] | Pending:
+        nonlocal endpoints
+        met, why = _knock(world, rental, endpoints, login)
+        if met:
+            return met
+        stages.enter("ssh", why)
+        world.ledger.note(rental)  # raises Superseded once `down` has come
+        try:
+            box = _look_up(world, rental)
+        except MarketUnreachable:
+            box = None
+        endpoints = (box and box.endpoints) or endpoints
+        return Pending(why)
+
+    seconds = world.settings.ready_timeout * 60
+    endpoint, remote = until(ask, what="ssh", seconds=seconds, every=world.settings.poll, clock=world.clock)
+    return (rental if endpoint == rental.endpoint else world.ledger.note(rental, endpoint=endpoint)), remote
 
 
 STEPS: dict[State, Callable[[World, Rental], Rental]] = {
@@ -141,32 +223,8 @@ STEPS: dict[State, Callable[[World, Rental], Rental]] = {
 }
 
 
-def _until_deadline(world: World) -> Report:
-    """The report, which also ends an install that goes on for too long while it keeps talking."""
-    deadline = world.clock.monotonic() + world.settings.install_timeout * 60
-
-    def report(event: Event) -> None:
-        world.report(event)
-        if world.clock.monotonic() > deadline:
-            raise TimedOut(
-                f"the install: not within {world.settings.install_timeout:g} minutes; "
-                f"last seen: {event.stage} {event.text}",
-                "Run `selfhost up` for another box.",
-            )
-
-    return report
-
-
-def _connect(world: World, rental: Rental, login: Path) -> Remote | Pending:
-    assert rental.endpoint is not None
-    try:
-        return world.connect(rental.endpoint, rental.host_key, login)
-    except NotYet as error:
-        return Pending(error.message)
-
-
-def _check_armed(world: World, remote: Remote) -> None:
-    """A box that could not end itself is not worth the risk (money rule 6)."""
+def _check_armed(world: World, remote: Remote) -> bool:
+    """Whether its watchdog is. A box that could not end itself is not worth the risk (money rule 6)."""
 
     def ask() -> str | Pending:
         answer = install.armed(remote)
@@ -178,10 +236,14 @@ def _check_armed(world: World, remote: Remote) -> None:
     except TimedOut as error:
         answer = error.message
     if answer != "ok" and not world.settings.unguarded:
-        raise SelfhostError(
+        raise BoxFailed(
             f"the box cannot end itself: {answer}", "Run `selfhost up` for another one, or pass --unguarded."
         )
-    world.report(Event("guard", "done", "armed" if answer == "ok" else f"not armed: {answer}"))
+    if answer == "ok":
+        world.report(Event("guard", "done", "armed"))
+    else:
+        world.report(Event("guard", "note", f"not armed ({answer}): this box does NOT end by itself"))
+    return answer == "ok"
 
 
 def _install_spec(world: World, rental: Rental) -> install.InstallSpec:
@@ -222,11 +284,17 @@ def _remember(world: World, spec: install.InstallSpec, found: Archive | None) ->
 
 def check_health(world: World, rental: Rental) -> None:
     front = _tunnel(world, rental)
-    gpu = SIMULATED not in rental.gpu
-    report = health.check(front, model=rental.model, context=rental.context, gpu=gpu, report=world.report)
+    report = health.check(
+        front,
+        model=rental.model,
+        context=rental.context,
+        gpu=SIMULATED not in rental.gpu,
+        report=world.report,
+        token_s=world.settings.token_timeout * 60,
+    )
     if failed := report.failed:
         wished = failed.name in ("model", "context")  # one that is not on the GPU may be the machine's fault
-        raise (NotServable if wished else SelfhostError)(f"health: {failed.name}: {failed.detail}", failed.remedy)
+        raise (NotServable if wished else BoxFailed)(f"health: {failed.name}: {failed.detail}", failed.remedy)
 
 
 def _tunnel(world: World, rental: Rental) -> Front:
@@ -237,6 +305,9 @@ def _tunnel(world: World, rental: Rental) -> Front:
         return front if state == "up" else Pending(f"{state} {reason}".strip())
 
     world.report(Event("tunnel", "start"))
-    until(ask, what="the tunnel", seconds=TUNNEL_S, every=0.2, clock=world.clock)
+    try:
+        until(ask, what="the tunnel", seconds=TUNNEL_S, every=0.2, clock=world.clock)
+    except TimedOut as error:
+        raise BoxFailed(error.message, error.remedy) from error
     world.report(Event("tunnel", "done", front.url))
     return front

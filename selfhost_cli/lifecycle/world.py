@@ -82,6 +82,10 @@ class Plan:
     hours: float
     account: Account
     simulated: bool
+    attempts: int
+    """Machines to try, one after the other, when they do not get ready."""
+    ceiling: float
+    """$/h: no machine that is tried in the place of the best one may cost more. It is part of what was confirmed."""
 
     @property
     def best(self) -> offers.Ranked:
@@ -96,6 +100,8 @@ class Ended:
     unknown: tuple[Instance, ...]
     foreign: tuple[Instance, ...]
     ledger_problem: str = ""
+    alone: bool = False
+    """The account is known to have nothing else."""
 
 
 def market_of(settings: Settings, account: Account) -> str:

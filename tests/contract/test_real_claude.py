@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 
 from selfhost_cli import claude
 from selfhost_cli.sandbox.assets import Assets
+from tests.terminal import Terminal
 
 TOKEN = "front-token-of-this-test"
 CONTEXT = 54_321
@@ -102,9 +104,10 @@ def elsewhere() -> Iterator[Api]:
         yield api
 
 
-def run(binary: Path, api: Api, home: Path, *args: str, **user: str) -> subprocess.CompletedProcess[str]:
-    """Run the real claude as `selfhost claude` does, from an otherwise empty environment."""
-    launch = claude.launch(
+def launched(
+    binary: Path, api: Api, home: Path, *args: str, notice: claude.Notice | None = None, **user: str
+) -> claude.Launch:
+    return claude.launch(
         binary,
         args,
         url=api.url,
@@ -113,10 +116,22 @@ def run(binary: Path, api: Api, home: Path, *args: str, **user: str) -> subproce
         context=CONTEXT,
         env={"PATH": "/usr/bin:/bin", **user},
         home=home,
+        notice=notice,
     )
+
+
+def run(
+    binary: Path, api: Api, home: Path, *args: str, notice: claude.Notice | None = None, **user: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the real claude as `selfhost claude` does, from an otherwise empty environment."""
+    launch = launched(binary, api, home, *args, notice=notice, **user)
+    return executed(launch.argv, launch.env, home)
+
+
+def executed(argv: Sequence[str], env: Mapping[str, str], home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        launch.argv,
-        env=dict(launch.env),
+        argv,
+        env=dict(env),
         cwd=home,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -174,6 +189,128 @@ def test_our_settings_in_front_are_accepted_by_other_subcommands(binary: Path, a
     assert done.returncode == 0, done.stderr
     assert "No MCP servers" in done.stdout
     assert api.seen == []
+
+
+def test_a_settings_option_of_the_persons_own_replaces_ours(binary: Path, api: Api, home: Path) -> None:
+    """Why nothing of ours is added beside it."""
+    ours, mine = home / "ours", home / "mine"
+    launch = launched(binary, api, home, "-p", "say hi")
+    settings = [json.dumps({"hooks": hooks(f"touch {mark}")}) for mark in (ours, mine)]
+    argv = [launch.argv[0], "--settings", settings[0], "--settings", settings[1], "-p", "say hi"]
+    done = executed(argv, launch.env, home)
+    assert (done.returncode, mine.exists(), ours.exists()) == (0, True, False), done.stderr
+
+
+@pytest.mark.parametrize("args", [["doctor"], ["auth", "status"], ["config", "list"], ["plugin", "list"], ["--help"]])
+def test_our_settings_in_front_change_nothing_for_other_subcommands(
+    binary: Path, api: Api, home: Path, args: list[str]
+) -> None:
+    launch = launched(binary, api, home, *args, notice=claude.Notice(home / "n.json", home / "n.txt"))
+    assert launch.argv[1] == "--settings"
+    executed(launch.argv, launch.env, home)
+    plain = executed([launch.argv[0], *args], launch.env, home)
+    ours = executed(launch.argv, launch.env, home)  # the first one of all makes files, and tells of it
+    assert (ours.returncode, ours.stdout) == (plain.returncode, plain.stdout)
+
+
+def hooks(command: str) -> dict[str, object]:
+    return {"UserPromptSubmit": [{"hooks": [{"type": "command", "command": command}]}]}
+
+
+@contextmanager
+def session(binary: Path, api: Api, home: Path, notice: claude.Notice) -> Iterator[Terminal]:
+    """A person's session in a directory that they trust."""
+    known = {"hasCompletedOnboarding": True, "projects": {str(home): {"hasTrustDialogAccepted": True}}}
+    (home / ".claude" / ".claude.json").write_text(json.dumps(known))
+    launch = launched(binary, api, home, "--tools", "", "--system-prompt", "Be brief.", notice=notice)
+    terminal = Terminal(launch.argv, env=launch.env, cwd=home)
+    try:
+        yield terminal
+    finally:
+        terminal.close()
+
+
+@pytest.fixture
+def notice(home: Path) -> claude.Notice:
+    folder = home / 'it\'s "a" $(place)'
+    folder.mkdir()
+    return claude.Notice(folder / "n.json", folder / "n.txt")
+
+
+def tell(notice: claude.Notice, text: str) -> None:
+    notice.for_hooks.write_text(json.dumps({"systemMessage": text}))
+    notice.line.write_text(text)
+
+
+def prompts(api: Api) -> list[dict[str, Any]]:
+    """What reached the model, without the session's id."""
+    return [{name: value for name, value in body.items() if name != "metadata"} for _, _, _, body in api.seen]
+
+
+@pytest.mark.parametrize("form", ["text", "json", "stream-json"])
+def test_a_notice_reaches_neither_the_model_nor_the_output_of_a_print(
+    binary: Path, api: Api, home: Path, notice: claude.Notice, form: str
+) -> None:
+    def say_hi(notice: claude.Notice | None) -> subprocess.CompletedProcess[str]:
+        more = ["--verbose"] if form == "stream-json" else []
+        done = run(binary, api, home, "-p", "say hi", "--output-format", form, *more, notice=notice)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    plain, quiet = say_hi(None), say_hi(notice)
+    tell(notice, "WALNUT")
+    loud = say_hi(notice)
+    first, second, third = prompts(api)
+    assert first == second == third
+    shapes = [[_shape(line) for line in done.stdout.splitlines()] for done in (plain, quiet, loud)]
+    assert shapes[0] == shapes[1]
+    if form == "stream-json":  # whoever reads events may read that one too
+        assert [shape for shape in shapes[2] if shape != ("system", "informational")] == shapes[0]
+    else:
+        assert shapes[2] == shapes[0]
+        assert "WALNUT" not in loud.stdout
+
+
+def _shape(line: str) -> object:
+    """A line of text, or the sort or the fields of a JSON object."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return line
+    return (value["type"], value.get("subtype")) if value["type"] != "result" else sorted(value)
+
+
+def test_a_notice_is_seen_in_a_session_by_the_person_alone(
+    binary: Path, api: Api, home: Path, notice: claude.Notice
+) -> None:
+    with session(binary, api, home, notice) as terminal:
+        terminal.watch(lambda: "manualmode" in terminal.shown)
+        tell(notice, "WALNUT ends at 14:20")
+        terminal.watch(lambda: "WALNUTendsat14:20" in terminal.shown)  # nobody typed anything
+        terminal.type("say hi\r")
+        terminal.watch(lambda: "UserPromptSubmitsays:WALNUT" in terminal.shown)
+        terminal.watch(lambda: "Stopsays:WALNUT" in terminal.shown)
+        notice.for_hooks.unlink()
+        notice.line.unlink()
+        before = terminal.shown.count("WALNUT")
+        terminal.type("again\r")
+        terminal.watch(lambda: len(prompts(api)) == 2 and terminal.shown.count("Hellofromthebox.") == 2)
+        assert terminal.shown.count("says:WALNUT") == 2, before
+    assert "WALNUT" not in json.dumps(prompts(api))
+
+
+def test_the_persons_own_hooks_and_status_line_go_on(
+    binary: Path, api: Api, home: Path, notice: claude.Notice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = {"hooks": hooks("touch mine"), "statusLine": {"type": "command", "command": "echo MAPLE"}}
+    (home / ".claude" / "settings.json").write_text(json.dumps(mine))
+    monkeypatch.chdir(home)
+    tell(notice, "WALNUT")
+    with session(binary, api, home, notice) as terminal:
+        terminal.watch(lambda: "MAPLE" in terminal.shown)
+        terminal.type("say hi\r")
+        terminal.watch(lambda: "UserPromptSubmitsays:WALNUT" in terminal.shown)
+    assert (home / "mine").exists()
 
 
 def test_it_is_the_version_that_these_facts_are_about(binary: Path, home: Path) -> None:

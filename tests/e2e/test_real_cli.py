@@ -6,17 +6,12 @@ Where the model has to say something certain, or nothing for minutes, a scripted
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -45,6 +40,7 @@ from tests.proxy.kit import (
     text,
 )
 from tests.proxy.ollama_stub import OllamaStub
+from tests.terminal import Terminal
 from tests.waiting import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("ready")]
@@ -55,7 +51,6 @@ LINE = re.compile(
     r"POST '(?P<path>\S+)' class=(?P<cls>\S+) status=(?P<status>\d+) outcome=(?P<outcome>.+?)"
     r" in=(?P<tokens>\d+) cached=(?P<cached>\d+)"
 )
-CONTROL = re.compile(r"\x1b(\[[0-9;?<>=]*[a-zA-Z]|\][^\x07]*\x07|[()=>78]\w?)")
 
 
 @dataclass(frozen=True)
@@ -158,46 +153,6 @@ def test_an_engine_that_dies_in_the_middle_of_an_answer_costs_a_moment_only(read
     assert "40" in result["result"]
 
 
-class Terminal:
-    """A claude on a pseudo-terminal, as a person sees it."""
-
-    def __init__(self, stage: Stage, *words: str, cwd: Path) -> None:
-        self._data = b""
-        self._ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "selfhost_cli", "--profile", demo.PROFILE, "claude", *words],
-            cwd=cwd,
-            env=stage.env | {"TERM": "xterm-256color"},
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            start_new_session=True,
-        )
-        os.close(theirs)
-
-    @property
-    def shown(self) -> str:
-        """The words of it without what is between them: a terminal jumps there as often as it writes a space."""
-        return "".join(CONTROL.sub("", self._data.decode(errors="replace")).split())
-
-    def watch(self, probe: Callable[[], object], seconds: float = 50) -> None:
-        """Read what is shown until `probe` is true."""
-        deadline = time.monotonic() + seconds
-        while not probe():
-            assert time.monotonic() < deadline, self.shown[-3000:]
-            if select.select([self._ours], [], [], 0.1)[0]:
-                self._data += os.read(self._ours, 65536)
-
-    def type(self, keys: str) -> None:
-        os.write(self._ours, keys.encode())
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait(20)
-        os.close(self._ours)
-
-
 def test_an_interactive_session_asks_the_person_and_no_classifier(ready: Stage, tmp_path: Path) -> None:
     """Its own auto mode would have the model judge every such call: 30 thousand tokens each."""
     settings = ready.paths.state / "home" / ".claude" / ".claude.json"
@@ -207,7 +162,9 @@ def test_an_interactive_session_asks_the_person_and_no_classifier(ready: Stage, 
     settings.write_text(json.dumps(known | trusted))
     log, target = Log(ready), tmp_path / "hello.txt"
     words = ["--tools", "Write", "--system-prompt", demo.SYSTEM_PROMPT]
-    terminal = Terminal(ready, *words, f"Create the file {target} with the content: hello", cwd=tmp_path)
+    words += [f"Create the file {target} with the content: hello"]
+    argv = [sys.executable, "-m", "selfhost_cli", "--profile", demo.PROFILE, "claude", *words]
+    terminal = Terminal(argv, env=ready.env, cwd=tmp_path)
     try:
         terminal.watch(lambda: "Doyouwanttocreatehello.txt?" in terminal.shown)
         assert not target.exists()

@@ -183,9 +183,9 @@ def test_extend_moves_the_caps_before_they_end_the_box(make_stage: MakeStage) ->
 
 
 def test_a_box_that_never_started_is_the_next_commands_to_end(make_stage: MakeStage) -> None:
-    stage = make_stage(boot_timeout=0.05)
+    stage = make_stage(loading_timeout=0.05)
     stage.control("faults", fault="boot_stuck", stage="loading")
-    up = stage.spawn("up", "--yes", "--detach", env={"SELFHOST_BOOT_TIMEOUT": "15"})
+    up = stage.spawn("up", "--yes", "--detach", env={"SELFHOST_LOADING_TIMEOUT": "15"})
     until(lambda: stage.paths.ledger.exists() and stage.billed == 1)
     keeper = stage.keeper
     assert keeper
@@ -193,7 +193,7 @@ def test_a_box_that_never_started_is_the_next_commands_to_end(make_stage: MakeSt
     up.communicate()
     assert "nobody looks after it" in stage.ask("status").out
     assert "`selfhost --profile demo down` ends it" in stage.ask("claude", code=5).err
-    assert "not within 3 s" in stage.up(code=1).err
+    assert "not over within 0.05 minutes" in stage.up("--attempts", "1", code=1).err
     assert stage.billed == 0
 
 

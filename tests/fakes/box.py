@@ -26,7 +26,10 @@ class FakeBox:
     install_code: int = 0
     install_status: str = "fail"
     refusals: int = 0
-    chatter: int = 0
+    lines: tuple[str, ...] = ()
+    """What install.sh says, one `before("line")` ahead of each."""
+    losses: int = 0
+    """So often the connection breaks in the middle of the install."""
     connections: list[Endpoint] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     uploads: list[bytes] = field(default_factory=list)
@@ -58,10 +61,13 @@ class _Connection:
         if command == install.PROXY_PORT:
             return Result(0, "8000\n", "")
         if command.startswith(install.INSTALL):
-            for _ in range(self._box.chatter):
-                self._box.before("run")
+            for line in self._box.lines:
+                self._box.before("line")
                 if on_line:
-                    on_line("@selfhost\tmodel\tprogress\t1\t9\t")
+                    on_line(line)
+            if self._box.losses:
+                self._box.losses -= 1
+                raise ConnectionLost("the connection to the box broke")
             if on_line and self._box.install_code:
                 on_line(f"@selfhost\tmodel\t{self._box.install_status}\t\t\tthe disk is full")
             return Result(self._box.install_code, "", "")

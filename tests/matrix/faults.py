@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.matrix.outside import Outside
 
@@ -64,6 +64,10 @@ def _dead_box(outside: Outside) -> None:
     outside.clock.sleep(60)
 
 
+def _relabelled(outside: Outside) -> None:
+    outside.market.boxes |= {box.id: replace(box, label="my-claude-box") for box in outside.market.ours}
+
+
 def _no_sshd(outside: Outside) -> None:
     outside.box.refusing_until = outside.clock.time() + 90
 
@@ -104,6 +108,9 @@ FAULTS = {
         Fault("sshd refuses 5 times", _set(box_refusals=5)),
         Fault("boot takes 3 minutes", _set(boot_s=180.0)),
         Fault("the host cannot start the box", _set(bad_machines=frozenset({1}))),
+        Fault("the host loads for ever", _set(stuck_machines=frozenset({1}))),
+        Fault("the box is dearer than its offer", _set(charged=1.28), hopeless=True),
+        Fault("its label is another one after the crash", crash=_relabelled),
         Fault("the install fails", _set(box_install_code=1), hopeless=True),
         Fault("the watchdog cannot arm", _set(box_armed="refused 401"), hopeless=True),
         Fault("no tunnel", _no_tunnel, hopeless=True),

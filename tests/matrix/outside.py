@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Market(FakeMarket):
     """So long after its create a single box is answered by null."""
     boot_s: float = 0.0
     bad_machines: frozenset[int] = frozenset()
+    stuck_machines: frozenset[int] = frozenset()
     refusing: int = 0
     """Creates that are refused with an error that says nothing exists."""
     questions: int = 0
@@ -83,7 +84,7 @@ class Market(FakeMarket):
     def harmed(self) -> bool:
         return not STRANGERS.keys() <= self.boxes.keys()
 
-    def create(self, offer: Offer, spec: BoxSpec) -> int:
+    def create(self, offer: Offer, spec: BoxSpec, sending: Callable[[], None] = lambda: None) -> int:
         if self.clock.time() < self.away_until:
             raise MarketUnreachable("no connection")
         if self._take("refusing"):
@@ -91,13 +92,13 @@ class Market(FakeMarket):
         before = set(self.boxes)
         self.double_rents += len(self.ours) if not (self.gone or self.lost_without_effect or self.credit <= 0) else 0
         try:
-            return super().create(offer, spec)
+            return super().create(offer, spec, sending)
         finally:
             for number in set(self.boxes) - before:
                 self.made.append((self.clock.time(), number, offer.machine_id))
 
-    def instances(self, label_prefix: str) -> list[Instance]:
-        found = [self._shown(box) for box in super().instances(label_prefix)]
+    def instances(self, label_prefix: str, ids: Collection[int] = ()) -> list[Instance]:
+        found = [self._shown(box) for box in super().instances(label_prefix, ids)]
         if self.clock.time() < self.unknown_until or self._take("unknown_lists"):
             raise MarketUnreachable("the market's list of instances is malformed: what exists is unknown")
         return found
@@ -125,7 +126,7 @@ class Market(FakeMarket):
     def _shown(self, box: Instance) -> Instance:
         if box.start is None:
             return box
-        if self.clock.time() < box.start + self.boot_s:
+        if box.machine_id in self.stuck_machines or self.clock.time() < box.start + self.boot_s:
             return replace(box, state=BoxState.PENDING, status="loading")
         if box.machine_id in self.bad_machines:
             return replace(box, state=BoxState.FAILED, status="created", message="failed to inject CDI devices")

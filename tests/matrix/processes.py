@@ -28,7 +28,7 @@ from selfhost_cli.cli.app import _signals_interrupt
 from selfhost_cli.cli.wiring import _billing_headline
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import SelfhostError
-from selfhost_cli.keeper.deadlines import Deadlines
+from selfhost_cli.keeper.deadlines import Deadlines, Watch
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.lock import ProcessLock
 from selfhost_cli.model import Event, Rental, State
@@ -246,8 +246,7 @@ class _Process:
         )
 
     def _tunnel(self, label: str) -> tuple[str, str]:
-        there = any(box.label == label for box in self._outside.market.ours)
-        return (self._outside.tunnel, "") if there else ("reconnecting", "connection refused")
+        return (self._outside.tunnel, "") if self._outside.market.ours else ("reconnecting", "connection refused")
 
     def _keeper(self, settings: Settings) -> None:
         """The keeper's loop in virtual time, until nothing is billed or its patience is at its end."""
@@ -266,7 +265,7 @@ class _Process:
                     return
                 for rental in rentals:
                     there = any(box.label == rental.label for box in outside.market.ours)
-                    if work := deadlines.due(rental, None if there else began):
+                    if work := deadlines.due(rental, Watch(down_since=None if there else began)):
                         try:
                             work(books, rental)
                         except SelfhostError:

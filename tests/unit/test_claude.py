@@ -197,6 +197,61 @@ def test_settings_that_say_nothing_or_are_broken_change_nothing(user: Path, text
     assert (user / ".claude" / "settings.json").read_bytes() == text
 
 
+NOTICE = claude.Notice(Path('/a b/it\'s "here"/n.json'), Path("/a b/n.txt"))
+
+
+def told(launch: claude.Launch) -> dict[str, Any]:
+    """The settings that are ours."""
+    argv = launch.argv[1:]
+    return dict(json.loads(argv[1])) if argv[:1] == ("--settings",) else {}
+
+
+def test_a_notice_is_shown_by_hooks_and_by_a_status_line(user: Path) -> None:
+    found = told(launched({"HOME": str(user)}, ["-c"], notice=NOTICE))
+    assert found["permissions"] == {"disableAutoMode": "disable"}
+    assert set(found["hooks"]) == {"UserPromptSubmit", "Stop"}
+    assert found["statusLine"]["command"] == "cat '/a b/n.txt' 2>/dev/null || true"
+
+
+def test_the_command_of_a_hook_prints_the_file_wherever_it_is_and_never_fails(tmp_path: Path) -> None:
+    file = tmp_path / 'it\'s "a" $(dir) `x` \\' / "n.json"
+    file.parent.mkdir()
+    found = told(launched({"HOME": str(tmp_path)}, notice=claude.Notice(file, file)))
+    for text in ("", '{"systemMessage": "hello"}\n'):
+        if text:
+            file.write_text(text)
+        for event in found["hooks"].values():
+            command = event[0]["hooks"][0]["command"]
+            done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stdout, done.stderr) == (0, text, "")
+
+
+@pytest.mark.parametrize("where", ["user", "project", "local"])
+def test_the_persons_own_status_line_stays(user: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = user / "work"
+    folder = (user if where == "user" else work) / ".claude"
+    folder.mkdir(parents=True)
+    work.mkdir(exist_ok=True)
+    monkeypatch.chdir(work)
+    name = "settings.local.json" if where == "local" else "settings.json"
+    (folder / name).write_text('{"statusLine": {"type": "command", "command": "date"}}')
+    found = told(launched({"HOME": str(user)}, notice=NOTICE))
+    assert "statusLine" not in found
+    assert found["hooks"]
+
+
+@pytest.mark.parametrize("args", [["--settings", "x.json"], ["-p", "hi", "--settings={}"], ["--version"], ["-v"]])
+def test_settings_of_the_persons_own_are_left_alone_and_so_is_the_version(user: Path, args: list[str]) -> None:
+    assert launched({"HOME": str(user)}, args, notice=NOTICE).argv == (str(BINARY), *args)
+
+
+def test_a_notice_does_not_decide_about_the_mode(user: Path) -> None:
+    assert told(launched({"HOME": str(user)}, ["--permission-mode", "plan"], notice=NOTICE)).keys() == {
+        "hooks",
+        "statusLine",
+    }
+
+
 def test_a_home_of_its_own_leaves_the_users_alone(user: Path) -> None:
     mine = {"HOME": "/home/me", "CLAUDE_CONFIG_DIR": "/home/me/conf", "CLAUDE_CODE_TMPDIR": "/home/me/tmp"}
     env = launched(mine, home=user).env

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from selfhost_cli import countdown
 from selfhost_cli.countdown import Measured
-from selfhost_cli.model import Caps, State
+from selfhost_cli.model import Caps, Heard, State
 from tests.fakes.rental import make_rental
 
 NOW = 1_795_010_000.0
@@ -49,8 +50,10 @@ def test_a_free_box_has_no_end_in_dollars() -> None:
 
 
 def test_the_watchdogs_line_is_read_and_its_verdict_too() -> None:
-    assert countdown.parse("9/9/9/9 3700 5 120 0.4500 \n") == Measured(3700, 5, 120, 0.45)
-    assert countdown.parse("9/9/9/9 3700 5 120 0.4500 idle for 120 s") == Measured(3700, 5, 120, 0.45, "idle for 120 s")
+    assert countdown.parse("8/7/9/9 3700 5 120 0.4500 \n") == Measured(3700, 5, 120, 0.45, "", 8, 7)
+    verdict = countdown.parse("8/7/9/9 3700 5 120 0.4500 idle for 120 s")
+    assert verdict == Measured(3700, 5, 120, 0.45, "idle for 120 s", 8, 7)
+    assert countdown.parse("-8/x/9/9 3700 5 120 0.4500") == Measured(3700, 5, 120, 0.45)
     told = {"age_s": 1.0, "up_s": 3700.0, "lease_s": 5.0, "idle_s": 120.0, "dollars": 0.45}
     assert countdown.read(told) == Measured(3700, 5, 120, 0.45)
 
@@ -116,3 +119,46 @@ def test_each_warning_is_said_once_and_again_after_its_death_had_moved_away() ->
 )
 def test_time_in_words(seconds: float, text: str) -> None:
     assert countdown.in_words(seconds) == text
+
+
+def test_the_short_form_says_when_by_the_clock_and_what_moves_it() -> None:
+    def said(measured: Measured, **more: float) -> str:
+        return countdown.in_short(RENTAL, countdown.countdowns(RENTAL, measured, now=NOW, **more))
+
+    clock = time.strftime("%H:%M", time.localtime(NOW + 500))
+    idle = said(Measured(0, 0, 1300, 0))
+    assert idle == f"the box ends at {clock}: 30 min without a request; `selfhost extend --idle +30` moves it"
+    assert said(Measured(0, 0, 0, 0), away_s=2200.0) == f"the box ends at {clock}: 45 min without this machine"
+    assert said(Measured(7300, 0, 0, 0)) == "the box should have ended: its 2 h are over; `selfhost down` ends it"
+    assert said(Measured(0, 0, 0, 0)) == ""
+
+
+def test_what_was_heard_once_is_carried_on_and_the_lease_only_while_nobody_renews_it() -> None:
+    heard = Heard(NOW - 1000, up_s=600, idle_s=100, dollars=0.1, down_bytes=0, up_bytes=0)
+    ends = {one.why: one for one in countdown.projected(RENTAL, heard, now=NOW)}
+    assert {why: one.seconds for why, one in ends.items()} == {
+        "idle": 700,
+        "hours": 5600,
+        "dollars": pytest.approx(1.9 / 0.5 * 3600 - 1000),
+    }
+    assert ends["idle"].at == NOW + 700
+    away = countdown.projected(RENTAL, heard, now=NOW, away=True)
+    assert [one.why for one in away] == ["idle", "lease", "hours", "dollars"]
+    assert away[1].seconds == 1700
+
+
+def test_only_a_hard_cap_that_is_well_past_is_outstayed() -> None:
+    def reason(up_s: float, idle_s: float = 0, dollars: float = 0) -> str:
+        measured = Measured(up_s, 0, idle_s, dollars)
+        return countdown.outstayed(RENTAL, countdown.countdowns(RENTAL, measured, now=NOW, away_s=9000.0))
+
+    assert [reason(7260), reason(7261)] == ["", "its 2 h are over"]
+    assert reason(0, idle_s=9000) == ""
+    assert reason(0, dollars=2.1) == "its $2 are spent"
+
+
+def test_a_verdict_that_stands_is_read_from_its_own_file() -> None:
+    for text in ("9/9/9/9 1 2 3 0.4 \nidle for 9 s\n", "9/9/9/9 1 2 3 0.4 idle for 12 s\nidle for 9 s\n"):
+        measured = countdown.parse(text)
+        assert measured
+        assert measured.verdict == "idle for 9 s"

@@ -160,9 +160,26 @@ def test_when_the_answer_is_lost_the_error_says_that_nobody_knows(ledger: Ledger
     with pytest.raises(ConnectionLost, match="is not known") as caught:
         extend(ledger, box.reach, MORE, now=NOW)
     assert "rather than with +" in caught.value.remedy
+    assert caps(ledger).max_s == 36_000  # the keeper must not end what may have been moved
     box.make = RemoteFake
     extend(ledger, box.reach, MORE, now=NOW)
     assert caps(ledger).max_s == 36_000
+
+
+def test_whenever_extend_is_killed_the_ledger_is_never_stricter_than_the_box(ledger: Ledger, box: Box) -> None:
+    class Killed(RemoteFake):
+        def run(self, command: str, *, timeout: float = 60.0, on_line: object = None) -> Result:
+            if "=" in command:
+                super().run(command, timeout=timeout)
+                raise KeyboardInterrupt
+            return super().run(command, timeout=timeout)
+
+    box.make = Killed
+    for hours in (10, 2):
+        with pytest.raises(KeyboardInterrupt):
+            extend(ledger, box.reach, Wish(hours=Amount(hours, adds=False)), now=NOW)
+        assert f"SELFHOST_MAX_S={hours * 3600}" in (box.run / "limits").read_text()
+        assert caps(ledger).max_s == 36_000
 
 
 def test_a_box_that_is_ending_says_so(ledger: Ledger, box: Box) -> None:
@@ -191,7 +208,7 @@ def test_down_wins(ledger: Ledger, box: Box) -> None:
     for _ in range(2):
         with pytest.raises(SelfhostError, match="is ending"):
             extend(ledger, box.reach, MORE, now=NOW)
-    assert caps(ledger) == CAPS
+    assert ledger.live()[0].state is State.ENDING
 
 
 def test_there_has_to_be_a_box_and_something_to_move(tmp_path: Path, ledger: Ledger, box: Box) -> None:

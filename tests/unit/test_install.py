@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from selfhost_cli import install, payload
+from selfhost_cli import countdown, install, payload
 from selfhost_cli.archive import Archive
 from selfhost_cli.errors import NotServable, SelfhostError
 from selfhost_cli.install import InstallSpec
@@ -206,6 +206,21 @@ def test_renewing_the_lease_moves_its_time(box: Box, remote: RemoteFake) -> None
     os.utime(lease, (1, 1))
     assert remote.run(install.RENEW_LEASE).code == 0
     assert time.time() - lease.stat().st_mtime < 60
+
+
+def test_a_renewal_hears_of_a_verdict_that_the_last_look_would_not_give(box: Box, remote: RemoteFake) -> None:
+    """Once the lease is renewed, "lease not renewed" is in run/verdict only; the watchdog goes by that."""
+    box.run.mkdir(parents=True)
+    (box.run / "watch").write_text("9/9/9/9 3700 0 120 0.4500 \n")
+    assert _heard(remote).verdict == ""
+    (box.run / "verdict").write_text("lease not renewed for 2701 s\n")
+    assert _heard(remote) == countdown.Measured(3700, 0, 120, 0.45, "lease not renewed for 2701 s", 9, 9)
+
+
+def _heard(remote: RemoteFake) -> countdown.Measured:
+    measured = countdown.parse(remote.run(install.RENEW_LEASE).out)
+    assert measured
+    return measured
 
 
 def test_armed_is_what_the_watchdog_wrote(box: Box, remote: RemoteFake) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from selfhost_cli.errors import Superseded
 from selfhost_cli.ledger import Ledger, LedgerBroken, Usage
-from selfhost_cli.model import Endpoint, Rental, State
+from selfhost_cli.model import Charges, Endpoint, Heard, Rental, State
 from tests.fakes.rental import make_rental
 
 
@@ -69,6 +70,28 @@ def test_the_first_reason_for_an_end_stays(ledger: Ledger) -> None:
     ledger.intend(make_rental("one"))
     ledger.end("one", "idle")
     assert ledger.end("one", "down").reason == "idle"
+
+
+def test_what_was_heard_and_billed_is_recorded_in_any_state(ledger: Ledger) -> None:
+    ledger.intend(make_rental("one"))
+    heard, charges = Heard(5.0, 4.0, 3.0, 0.2, 10, 20), Charges(0.1, 0.2, 0.3, 0.4, until=9.0)
+    ledger.amend("one", heard=heard)
+    ledger.end("one", "down")
+    ledger.ended("one", 9.0)
+    settled = ledger.amend("one", charges=charges, estimated=0.9)
+    assert Ledger(ledger.path).get("one") == settled
+    assert (settled.state, settled.heard, settled.charges) == (State.ENDED, heard, charges)
+    with pytest.raises(Superseded):
+        ledger.amend("two", heard=heard)
+
+
+def test_a_record_of_an_older_version_has_no_such_facts(ledger: Ledger) -> None:
+    ledger.intend(make_rental("one"))
+    with closing(sqlite3.connect(ledger.path)) as db:
+        db.execute("UPDATE rentals SET record = json_remove(record, '$.heard', '$.charges', '$.estimated')")
+        db.commit()
+    (rental,) = ledger.all()
+    assert (rental.heard, rental.charges, rental.estimated) == (None, None, None)
 
 
 def test_events_tell_the_story_in_order(ledger: Ledger) -> None:

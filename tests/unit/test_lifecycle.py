@@ -12,6 +12,8 @@ from selfhost_cli.archive import Archive
 from selfhost_cli.attach import Front
 from selfhost_cli.config import Source
 from selfhost_cli.errors import (
+    BoxFailed,
+    KeyRefused,
     MarketUnreachable,
     MayBeBilling,
     NoCredit,
@@ -24,9 +26,9 @@ from selfhost_cli.errors import (
 )
 from selfhost_cli.ledger import Ledger, LedgerBroken
 from selfhost_cli.lifecycle import Plan, World
-from selfhost_cli.lifecycle.renting import login_key
+from selfhost_cli.lifecycle.renting import login_key, make_plan
 from selfhost_cli.lock import ProcessLock
-from selfhost_cli.model import BoxSpec, BoxState, Event, Instance, State
+from selfhost_cli.model import BoxSpec, BoxState, Endpoint, Event, Instance, State
 from selfhost_cli.remote.ssh import make_key, public_half
 from tests.fakes.box import FakeBox, FakeKeeper, serving
 from tests.fakes.clock import FakeClock
@@ -187,6 +189,7 @@ def test_a_lost_answer_without_effect_is_waited_out_longer_than_the_listing_lags
     assert stage.clock.time() - before >= 60
     assert stage.ledger.live() == []
     assert stage.ledger.all()[0].reason == "the answer was lost, and no box came of it"
+    assert lifecycle.up(stage.world, lambda plan: True).machine_id == 1
 
 
 def interrupt_once(stage: Stage, verb: str) -> None:
@@ -247,7 +250,10 @@ def test_a_box_that_cannot_arm_is_destroyed_with_that_reason(stage: Stage) -> No
 def test_unguarded_keeps_a_box_that_cannot_arm(stage: Stage) -> None:
     stage.box.armed = "refused 401"
     world = replace(stage.world, settings=replace(stage.world.settings, unguarded=True))
-    assert lifecycle.up(world, lambda plan: True).state is State.READY
+    rental = lifecycle.up(world, lambda plan: True)
+    assert rental.state is State.READY
+    assert not rental.guarded
+    assert any("does NOT end by itself" in event.text for event in stage.events)
 
 
 def test_a_failed_install_destroys_the_box_and_says_why(stage: Stage) -> None:
@@ -260,15 +266,15 @@ def test_a_failed_install_destroys_the_box_and_says_why(stage: Stage) -> None:
 def test_a_host_that_cannot_start_the_box_is_left_at_once(stage: Stage) -> None:
     stage.market.state = BoxState.FAILED
     before = stage.clock.time()
-    with pytest.raises(SelfhostError, match="will not start"):
-        stage.up()
+    with pytest.raises(BoxFailed, match="will not start"):
+        lifecycle.up(only_one(stage), lambda plan: True)
     assert stage.billed == 0
     assert stage.clock.time() - before < 120
 
 
 def test_a_box_that_never_lets_us_in_is_destroyed_at_the_deadline(stage: Stage) -> None:
     stage.box.refusals = 10_000
-    with pytest.raises(SelfhostError, match=r"not within 900 s.*refused"):
+    with pytest.raises(BoxFailed, match=r"'ssh' was not over within 5 minutes.*refused"):
         stage.up()
     assert stage.billed == 0
 
@@ -323,7 +329,7 @@ def test_down_ends_proves_and_bills(stage: Stage) -> None:
 def test_down_twice_is_nothing_to_do(stage: Stage) -> None:
     stage.up()
     stage.down()
-    assert stage.down() == lifecycle.Ended((), (), ())
+    assert stage.down() == lifecycle.Ended((), (), (), alone=True)
 
 
 def test_down_waits_for_a_box_that_is_not_listed_yet(stage: Stage) -> None:
@@ -354,6 +360,34 @@ def test_down_says_that_it_may_still_be_billing_when_the_market_is_away(stage: S
     assert stage.billed == 0
 
 
+def test_up_says_what_else_of_selfhost_runs_on_the_account(stage: Stage) -> None:
+    stage.up()
+    stage.market.boxes[77] = replace(stage.market.boxes[5001], id=77, label="selfhost-0000000000-other")
+    stage.up()
+    told = [event.text for event in stage.events if "another installation" in event.text]
+    assert told == ["box 77 ($0.32/h) of another installation of selfhost runs on this account, too"]
+
+
+def test_down_does_not_speak_for_what_it_could_not_see(stage: Stage) -> None:
+    stage.up()
+    box = stage.market.boxes[5001]
+    assert stage.down().alone
+    asked = 0
+
+    def before(verb: str) -> None:
+        nonlocal asked
+        asked += verb == "instances"
+        if asked == 2:  # the first proves that ours is gone
+            raise MarketUnreachable("the market cannot be reached")
+
+    stage.market.before = before
+    assert not stage.down().alone
+    stage.market.before = lambda verb: None
+    stage.market.boxes[3] = replace(box, id=3, label="training")
+    ended = stage.down()
+    assert (ended.foreign, ended.alone) == ((), False)
+
+
 def test_down_touches_neither_strangers_nor_other_installations_unless_told(stage: Stage) -> None:
     for number, label in ((1, "my-training-run"), (2, "selfhost-0000000000-x"), (3, "")):
         stage.market.boxes[number] = Instance(
@@ -361,6 +395,7 @@ def test_down_touches_neither_strangers_nor_other_installations_unless_told(stag
         )
     ended = stage.down()
     assert [box.id for box in ended.foreign] == [2]
+    assert not ended.alone
     assert sorted(stage.market.boxes) == [1, 2, 3]
     lifecycle.down(stage.world, everything=True)
     assert sorted(stage.market.boxes) == [1, 3]
@@ -621,14 +656,168 @@ def test_up_waits_for_no_down_but_refuses_while_one_proves(stage: Stage) -> None
 
 
 def test_an_install_that_talks_for_ever_is_ended_at_its_deadline(stage: Stage) -> None:
-    def before(verb: str) -> None:
-        if verb == "run":
-            stage.clock.now += 1000
-
-    stage.box.before, stage.box.chatter = before, 10
-    with pytest.raises(SelfhostError, match="not within 45 minutes"):
+    stage.box.before = lambda verb: stage.clock.sleep(100 if verb == "line" else 0)
+    stage.box.lines = ("@selfhost\tproxy\tprogress\t\t\tinstalling",) * 1000
+    with pytest.raises(BoxFailed, match=r"'download' was not over within 30 minutes; last seen: proxy installing"):
         stage.up()
     assert stage.billed == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "minutes"),
+    [(BoxState.PENDING, "created", 5), (BoxState.PENDING, "loading", 15)],
+)
+def test_a_box_that_is_stuck_is_left_at_its_stages_deadline(
+    stage: Stage, state: BoxState, status: str, minutes: int
+) -> None:
+    stage.market.state, stage.market.status = state, status
+    before = stage.clock.time()
+    with pytest.raises(BoxFailed, match=f"{status!r} was not over within {minutes} minutes; last seen: {status}"):
+        lifecycle.up(only_one(stage), lambda plan: True)
+    assert minutes * 60 < stage.clock.time() - before < minutes * 60 + 30
+    assert stage.billed == 0
+
+
+def test_a_model_that_never_loads_is_given_up(stage: Stage) -> None:
+    stage.box.before = lambda verb: stage.clock.sleep(100 if verb == "line" else 0)
+    stage.box.lines = ("@selfhost\tstart\tprogress\t\t\tloading",) * 1000
+    with pytest.raises(BoxFailed, match="'load' was not over within 10 minutes"):
+        stage.up()
+
+
+def download(rate: float, seconds: int, total: int = 19_000_000_000) -> tuple[str, ...]:
+    """What install.sh says, one line a second, at so many bytes per second."""
+    return tuple(f"@selfhost\tmodel\tprogress\t{int(rate * n)}\t{total}\tthe model" for n in range(seconds))
+
+
+def test_a_download_that_cannot_make_it_is_given_up_after_three_minutes(stage: Stage) -> None:
+    stage.box.before = lambda verb: stage.clock.sleep(1 if verb == "line" else 0)
+    stage.box.lines = download(2e6, 3600)
+    before = stage.clock.time()
+    with pytest.raises(BoxFailed, match=r"too slow: model came at 2\.0 MB/s"):
+        lifecycle.up(only_one(stage), lambda plan: True)
+    assert 180 <= stage.clock.time() - before < 200
+    assert stage.billed == 0
+
+
+def test_a_download_that_pauses_and_makes_it_is_kept(stage: Stage) -> None:
+    stage.box.before = lambda verb: stage.clock.sleep(1 if verb == "line" else 0)
+    quick = download(50e6, 380)
+    stage.box.lines = quick[:100] + quick[99:100] * 90 + quick[100:]
+    stage.up()
+    assert stage.market.creates == 1
+
+
+def only_one(stage: Stage) -> World:
+    return replace(stage.world, settings=replace(stage.world.settings, attempts=1))
+
+
+def test_a_machine_that_fails_is_destroyed_and_the_next_one_tried(stage: Stage) -> None:
+    stage.box.refusals = 70  # five minutes and more
+    told: list[tuple[str, float]] = []
+    stage.market.before = lambda verb: told.append((verb, stage.clock.time()))
+    rental = lifecycle.up(stage.world, lambda plan: True)
+    assert (rental.machine_id, stage.market.creates, stage.billed) == (2, 2, 1)
+    first = stage.ledger.all()[0]
+    assert first.state is State.ENDED
+    assert "'ssh' was not over" in first.reason
+    verbs = [verb for verb, _ in told]
+    second = len(verbs) - 1 - verbs[::-1].index("create")
+    assert "instances" in verbs[verbs.index("destroy") : second]
+    assert told[second][1] - told[verbs.index("destroy")][1] >= 5
+    choice = make_plan(stage.world).choice
+    assert [(refusal.offer.machine_id, refusal.why) for refusal in choice.refused] == [
+        (1, f"this machine failed before: {first.reason}")
+    ]
+
+
+def test_no_more_machines_are_tried_than_attempts(stage: Stage) -> None:
+    stage.market.state = BoxState.FAILED
+    with pytest.raises(BoxFailed, match="will not start"):
+        stage.up()
+    assert (stage.market.creates, stage.billed) == (3, 0)
+    with pytest.raises(BoxFailed):
+        lifecycle.up(only_one(stage), lambda plan: True)
+    assert stage.market.creates == 4
+
+
+def test_a_failed_box_that_cannot_be_proven_gone_is_the_end(stage: Stage) -> None:
+    stage.market.state, stage.market.immortal = BoxState.FAILED, {5001}
+    with pytest.raises(MayBeBilling, match=r"box 5001 .*MAY STILL BE BILLING"):
+        stage.up()
+    assert stage.market.creates == 1
+
+
+def test_no_machine_is_taken_that_costs_more_than_was_confirmed(stage: Stage) -> None:
+    stage.market.stock = [make_offer(1), make_offer(2, dph_total=0.41)]  # 0.32 + 25 % are 0.40
+    stage.market.state = BoxState.FAILED
+    with pytest.raises(NothingToRent, match=r"\$0\.410/h by now, more than the \$0\.400/h"):
+        stage.up()
+    assert (stage.market.creates, stage.billed) == (1, 0)
+    world = replace(stage.world, settings=replace(stage.world.settings, max_price=0.42))
+    with pytest.raises(NothingToRent, match="failed before"):
+        lifecycle.up(world, lambda plan: True)
+    assert stage.market.creates == 2
+
+
+def test_the_market_may_be_away_for_minutes_while_a_box_boots(stage: Stage) -> None:
+    stage.market.state = BoxState.PENDING
+
+    def before(verb: str) -> None:
+        if verb == "attach_key":
+            return
+        if stage.market.boxes and began + 60 < stage.clock.time() < began + 600:
+            raise MarketUnreachable("the market cannot be reached")
+        if stage.market.boxes and stage.clock.time() >= began + 600:
+            stage.market.boxes = {n: replace(box, state=BoxState.RUNNING) for n, box in stage.market.boxes.items()}
+
+    began = stage.clock.time()
+    stage.market.before = before
+    stage.up()
+    assert stage.market.creates == 1
+    assert stage.clock.time() >= began + 600
+
+
+def test_a_connection_that_breaks_during_the_install_does_not_cost_the_box(stage: Stage) -> None:
+    stage.box.losses = 2
+    stage.up()
+    assert stage.market.creates == 1
+    assert len(stage.box.connections) >= 3
+
+
+def test_a_connection_that_keeps_breaking_costs_the_box(stage: Stage) -> None:
+    stage.box.losses = 4
+    rental = lifecycle.up(stage.world, lambda plan: True)
+    assert rental.machine_id == 2
+    assert "broke, and 3 times before" in stage.ledger.all()[0].reason
+
+
+def test_a_box_that_moves_during_the_install_is_found_again(stage: Stage) -> None:
+    stage.box.losses = 1
+    moved = Endpoint("192.0.2.9", 41_999)
+
+    def before(verb: str) -> None:
+        if verb == "line":
+            stage.market.boxes = {n: replace(box, direct=moved) for n, box in stage.market.boxes.items()}
+            stage.box.refusals = 1
+
+    stage.box.before, stage.box.lines = before, download(1e6, 1)
+    assert lifecycle.up(stage.world, lambda plan: True).endpoint == moved
+    assert stage.market.creates == 1
+
+
+def test_a_host_that_gives_up_during_the_install_is_left_at_once(stage: Stage) -> None:
+    stage.box.losses = 1
+
+    def before(verb: str) -> None:
+        if verb == "line" and stage.market.creates == 1:
+            stage.market.boxes = {n: replace(box, state=BoxState.FAILED) for n, box in stage.market.boxes.items()}
+            stage.box.refusals = 1
+
+    stage.box.before, stage.box.lines = before, download(1e6, 1)
+    began = stage.clock.time()
+    assert lifecycle.up(stage.world, lambda plan: True).machine_id == 2
+    assert stage.clock.time() - began < 60 + stage.world.settings.listing_lag
 
 
 def wish(stage: Stage, name: str, value: object) -> World:
@@ -655,7 +844,7 @@ UNFULFILLABLE = [
 
 
 def test_every_option_of_up_is_compared_with_what_is_up() -> None:
-    assert {name for name, _, _ in UNFULFILLABLE} == set(config.FLAGS) - {"api_key"}
+    assert {name for name, _, _ in UNFULFILLABLE} == set(config.FLAGS) - {"api_key", "attempts"}
 
 
 @pytest.mark.parametrize(("name", "value", "what"), UNFULFILLABLE)
@@ -683,8 +872,8 @@ def test_an_option_that_the_box_at_hand_fulfils_is_none(stage: Stage, name: str,
 
 def test_a_machine_whose_box_never_got_ready_is_avoided_the_next_time(stage: Stage) -> None:
     stage.box.install_code = 1
-    with pytest.raises(SelfhostError):
-        stage.up()
+    with pytest.raises(BoxFailed):
+        lifecycle.up(only_one(stage), lambda plan: True)
     stage.box.install_code = 0
     assert lifecycle.up(stage.world, lambda plan: True).machine_id == 2
 
@@ -706,16 +895,38 @@ def test_a_machine_is_not_blamed_for_what_no_machine_could_do(stage: Stage) -> N
     assert lifecycle.up(stage.world, lambda plan: True).machine_id == 1
 
 
-def test_a_machine_is_not_blamed_for_a_market_that_does_not_answer(stage: Stage) -> None:
+def test_a_machine_is_not_blamed_for_a_market_that_refuses_our_key(stage: Stage) -> None:
+    def before(verb: str) -> None:
+        if verb == "get":
+            raise KeyRefused("the market does not accept the account key")
+
+    stage.market.before = before
+    with pytest.raises(KeyRefused):
+        stage.up()
+    stage.market.before = lambda verb: None
+    assert lifecycle.up(stage.world, lambda plan: True).machine_id == 1
+
+
+def test_a_key_that_cannot_be_attached_is_told_and_no_reason_to_give_up(stage: Stage) -> None:
     def before(verb: str) -> None:
         if verb == "attach_key":
             raise MarketUnreachable("the market cannot be reached")
 
     stage.market.before = before
-    with pytest.raises(MarketUnreachable):
+    stage.up()
+    assert any(event.text == "the market cannot be reached" for event in stage.events)
+
+
+def test_a_down_that_comes_while_the_paid_call_waits_for_its_turn_stops_it(stage: Stage) -> None:
+    def before(verb: str) -> None:
+        if verb == "create":
+            stage.ledger.end(stage.ledger.live()[0].label, "down")
+
+    stage.market.before = before
+    with pytest.raises(Superseded):
         stage.up()
-    stage.market.before = lambda verb: None
-    assert lifecycle.up(stage.world, lambda plan: True).machine_id == 1
+    assert stage.billed == 0
+    assert stage.ledger.live() == []
 
 
 def test_a_ledger_that_was_lost_refuses_even_when_the_list_lags(stage: Stage) -> None:
@@ -788,3 +999,87 @@ def test_the_very_first_down_waits_for_nothing(stage: Stage) -> None:
     before = stage.clock.time()
     stage.down()
     assert stage.clock.time() == before
+
+
+@pytest.mark.parametrize("state", ["a folder", "a full disk"])
+def test_down_needs_no_disk(stage: Stage, state: str) -> None:
+    stage.up()
+    lock = stage.world.settings.paths.down_lock
+    lock.unlink(missing_ok=True)
+    if state == "a folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to("/dev/full")
+    stage.down()
+    assert stage.billed == 0
+
+
+def relabel(stage: Stage, number: int) -> None:
+    stage.market.boxes[number] = replace(stage.market.boxes[number], label="my claude box")
+
+
+def test_a_box_whose_label_was_changed_is_still_ours(stage: Stage) -> None:
+    ready = stage.up()
+    relabel(stage, 5001)
+    assert stage.up() == ready
+    stage.market.immortal = {5001}
+    with pytest.raises(MayBeBilling, match="box 5001"):
+        stage.down()
+    stage.market.immortal = set()
+    stage.down()
+    assert stage.billed == 0
+
+
+def test_an_empty_list_does_not_outweigh_a_box_that_the_market_shows(stage: Stage) -> None:
+    ready = stage.up()
+    stage.clock.sleep(3600)
+    stage.market.hidden_until[5001] = stage.clock.time() + 10
+    assert stage.up() == ready
+    assert stage.market.creates == 1
+
+
+def test_a_failed_up_leaves_the_box_of_a_laptop_that_shares_its_settings(stage: Stage) -> None:
+    stage.box.install_code = 1
+    other = f"{stage.world.prefix}other"
+
+    def before(verb: str) -> None:
+        if verb == "connect":
+            stage.market.boxes.setdefault(77, replace(stage.market.boxes[5001], id=77, label=other))
+
+    stage.box.before = before
+    with pytest.raises(MayBeBilling, match=r"box 77 .*listed again"):
+        stage.up()
+    assert list(stage.market.boxes) == [77]
+
+
+def test_nothing_more_is_rented_while_something_of_ours_is_listed(stage: Stage) -> None:
+    stage.market.state = BoxState.FAILED
+    stage.market.undead = 2
+
+    asked: list[float] = []
+
+    def before(verb: str) -> None:
+        if verb == "destroy":  # the listing forgets the box for longer than it may lag
+            asked.append(stage.clock.time())
+            stage.market.hidden_until[5001] = asked[0] + 67
+
+    stage.market.before = before
+    with pytest.raises(MayBeBilling, match=r"box 5001 .*MAY STILL BE BILLING: it is listed again"):
+        stage.up()
+    assert stage.market.creates == 1
+
+
+@pytest.mark.parametrize("price", [0.33, 0.28])
+def test_a_price_that_moved_a_little_is_told_and_recorded(stage: Stage, price: float) -> None:
+    stage.market.charged = price
+    rental = lifecycle.up(stage.world, lambda plan: True)
+    assert rental.dph_total == price
+    assert rental.dph_base == pytest.approx(price - 0.01)
+    assert any("its offer said $0.320/h" in event.text for event in stage.events)
+
+
+def test_a_box_that_is_much_dearer_than_its_offer_is_not_kept(stage: Stage) -> None:
+    stage.market.charged = 1.28
+    with pytest.raises(BoxFailed, match=r"costs \$1\.280/h, and its offer said"):
+        stage.up()
+    assert stage.billed == 0

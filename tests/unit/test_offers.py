@@ -54,7 +54,7 @@ def test_every_limit_refuses_and_says_why(change: dict[str, object], why: str) -
 
 
 def test_a_machine_that_failed_before_is_avoided() -> None:
-    choice = offers.choose(NEED, [make_offer(1), make_offer(2)], download_bytes=GB, avoid={1})
+    choice = offers.choose(NEED, [make_offer(1), make_offer(2)], download_bytes=GB, avoid={1: "sshd"})
     assert [ranked.offer.machine_id for ranked in choice.ranked] == [2]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from selfhost_cli.cli import render, words
 from selfhost_cli.invoice import invoice
 from selfhost_cli.ledger import Usage
 from selfhost_cli.lifecycle import Ended
-from selfhost_cli.model import BoxState, Endpoint, Event, Instance
+from selfhost_cli.model import BoxState, Charges, Endpoint, Event, Instance
 from tests.fakes.rental import make_rental
 
 
@@ -22,8 +23,11 @@ def foreign(label: str) -> Instance:
 def test_the_sentence_people_came_for_is_not_said_of_boxes_that_are_not_ours(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    render.ended(Ended((), (), ()))
+    render.ended(Ended((), (), (), alone=True))
     assert "nothing is billed any more" in capsys.readouterr().out
+    for doubtful in (Ended((), (), ()), Ended((), (), (), "the ledger is broken", alone=True)):
+        render.ended(doubtful)
+        assert "nothing of this installation is billed any more" in capsys.readouterr().out
     render.ended(Ended((), (), (foreign("selfhost-other-1"),)))
     said = capsys.readouterr().out
     assert "nothing is billed any more" not in said
@@ -36,12 +40,42 @@ def test_a_label_that_looks_like_markup_is_shown_as_it_is(capsys: pytest.Capture
 
 
 def test_an_invoice_tells_hours_parts_tokens_and_the_price_of_a_million(capsys: pytest.CaptureFixture[str]) -> None:
-    rental = make_rental(instance_id=7, sent_at=0.0, running_at=0.0, ended_at=3600.0)
-    render.ended(Ended((invoice(rental, Usage(3, 900_000, 1, 100_000), None, now=3600.0),), (), ()))
+    rental = make_rental(instance_id=7, created_at=0.0, sent_at=0.0, running_at=0.0, ended_at=3600.0)
+    render.ended(Ended((invoice(rental, Usage(3, 900_000, 1, 100_000), now=3600.0),), (), ()))
     said = capsys.readouterr().out
     assert "60.0 min  $0.3000" in said
     assert "$0.31" in said
     assert "900000 in (1 reused), 100000 out, 3 requests" in said
+
+
+def test_an_invoice_says_whose_figures_it_has_and_what_it_cannot_know(capsys: pytest.CaptureFixture[str]) -> None:
+    rental = make_rental(instance_id=7, created_at=0.0, sent_at=0.0, running_at=0.0, ended_at=40 * 3600.0)
+    render.ended(Ended((invoice(rental, Usage(), now=0.0),), (), ()))
+    said = capsys.readouterr().out
+    assert "$2.4800 (estimate)" in said
+    assert "! between $0.00 and $12.40: when exactly it ended, only the market knows" in said
+    settled = replace(rental, charges=Charges(2.0, 0.5, 0.0, 0.0), estimated=2.48)
+    render.ended(Ended((invoice(settled, Usage(), now=0.0),), (), ()))
+    said = capsys.readouterr().out
+    assert "$2.5000 (market's figure)" in said
+    assert "between" not in said
+
+
+def test_a_box_without_an_armed_watchdog_is_not_said_to_end_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    for guarded, said in ((True, False), (False, True)):
+        render.ready(make_rental(guarded=guarded), "http://127.0.0.1:1")
+        assert ("its watchdog is not armed" in capsys.readouterr().err) is said
+
+
+def test_small_amounts_have_enough_digits() -> None:
+    assert [render.money(dollars) for dollars in (None, 0.0, 0.0031, 0.25, 1.0, 12.345)] == [
+        "–",
+        "$0.00",
+        "$0.0031",
+        "$0.2500",
+        "$1.00",
+        "$12.35",
+    ]
 
 
 def test_no_secret_is_in_json_and_an_endpoint_has_names(capsys: pytest.CaptureFixture[str]) -> None:

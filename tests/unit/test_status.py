@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +15,7 @@ from selfhost_cli import config, status
 from selfhost_cli.cli import render
 from selfhost_cli.config import Settings
 from selfhost_cli.ledger import Ledger
-from selfhost_cli.model import State
+from selfhost_cli.model import Heard, State
 from tests.fakes.front import StubFront
 from tests.fakes.rental import make_rental
 
@@ -43,11 +44,12 @@ def look(settings: Settings, watchdog: Any, state: State = State.READY) -> statu
         return ask(settings, state)
 
 
-def ask(settings: Settings, state: State = State.READY) -> status.Status:
+def ask(settings: Settings, state: State = State.READY, **facts: object) -> status.Status:
     settings.paths.ledger.unlink(missing_ok=True)
     with closing(Ledger(settings.paths.ledger)) as ledger:
         ready_at = NOW - 3000 if state is State.READY else None
-        ledger.intend(make_rental(LABEL, state=state, running_at=NOW - 3600, ready_at=ready_at, dph_total=0.5))
+        facts = {"state": state, "running_at": NOW - 3600, "ready_at": ready_at, "dph_total": 0.5} | facts
+        ledger.intend(make_rental(LABEL, **facts))
         (found,) = status.look(settings, ledger, now=NOW)
         return found
 
@@ -73,7 +75,29 @@ def test_each_end_is_told_soonest_first(settings: Settings, said: Said) -> None:
 def test_ten_minutes_before_the_end_there_is_a_warning(settings: Settings, said: Said) -> None:
     text = said(look(settings, WATCHED | {"idle_s": 2200}))
     assert "! " in text
-    assert "ends by itself in 8 min: 45 min without a request" in text
+    assert re.search(r"ends by itself in 8 min \(\d\d:\d\d\): 45 min without a request", text)
+
+
+def test_of_a_box_out_of_reach_each_end_is_counted_from_what_was_heard_last(settings: Settings, said: Said) -> None:
+    heard = Heard(NOW - 600, 3000.0, 1200.0, 0.5, down_bytes=0, up_bytes=0)
+    value = ask(settings, instance_id=7, sent_at=NOW - 3600, heard=heard)
+    assert [(one.why, one.seconds) for one in value.ends][:2] == [("idle", 900), ("lease", 2100)]
+    assert "in 15 min without a request" in said(value)
+
+
+def test_the_dollars_so_far_have_the_traffic_that_was_heard_of(settings: Settings, said: Said) -> None:
+    rented = {"instance_id": 7, "sent_at": NOW - 3600}
+    assert "$0.3100 in 1.00 h, traffic not counted yet" in said(ask(settings, **rented))
+    heard = Heard(NOW - 30, 3570.0, 0.0, 0.5, down_bytes=20_000_000_000, up_bytes=0)
+    text = said(ask(settings, **rented, heard=heard))
+    assert "$0.3500 in 1.00 h, traffic of 20.00 GB included" in text
+    assert "after 8 h or $5, after 45 min without a request" in text
+
+
+def test_dollars_that_nobody_can_know_exactly_are_told_as_a_range(settings: Settings, said: Said) -> None:
+    heard = Heard(NOW - 1800, 1800.0, 0.0, 0.15, down_bytes=0, up_bytes=0)
+    text = said(ask(settings, instance_id=7, sent_at=NOW - 3600, heard=heard))
+    assert "$0.3100 in 1.00 h, traffic of 0.00 GB included; between $0.1550 and $0.3100" in text
 
 
 def test_a_watchdog_that_does_not_look_any_more_is_told(settings: Settings, said: Said) -> None:

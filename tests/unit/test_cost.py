@@ -1,0 +1,83 @@
+"""What tokens cost on a box and at a list price; which rentals a month has."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from selfhost_cli import cost
+from selfhost_cli.cost import PerMillion
+from selfhost_cli.errors import UsageError
+from selfhost_cli.ledger import Usage
+from selfhost_cli.model import Charges, Rental, State
+from tests.fakes.rental import make_rental
+
+PRICE = PerMillion(2.0, 0.2, 10.0)
+NOON = time.mktime((2026, 11, 10, 12, 0, 0, 0, 0, -1))
+DAY = 86_400.0
+
+
+def ended(label: str, began: float, dollars: float) -> Rental:
+    facts = {"created_at": began, "sent_at": began, "running_at": began, "ended_at": began + 3600}
+    charges = Charges(dollars, 0.0, 0.0, 0.0)
+    return make_rental(label, state=State.ENDED, instance_id=7, charges=charges, **facts)  # type: ignore[arg-type]
+
+
+def test_the_list_price_counts_reused_tokens_apart() -> None:
+    assert PRICE.of(Usage(1, 1_000_000, 400_000, 100_000)) == pytest.approx(0.6 * 2 + 0.4 * 0.2 + 0.1 * 10)
+
+
+def test_the_parts_of_the_bill_are_the_bill_in_the_ratio_of_the_list_price() -> None:
+    usage = Usage(1, 3_000_000, 1_000_000, 200_000)
+    value = cost.cost(0.93, usage, PRICE)
+    assert value.per_million is not None
+    assert value.per_million.of(usage) == pytest.approx(0.93)
+    assert value.per_million.out / value.per_million.fresh == pytest.approx(5)
+    assert value.overall == pytest.approx(0.93 / 3.2)
+    assert value.list_dollars == pytest.approx(4 + 0.2 + 2)
+
+
+def test_without_tokens_there_is_no_price_of_one() -> None:
+    value = cost.cost(0.5, Usage(), PRICE)
+    assert (value.per_million, value.overall, value.list_dollars) == (None, None, 0)
+
+
+def test_with_a_list_price_of_nothing_nothing_can_be_split() -> None:
+    assert cost.cost(0.5, Usage(1, 100, 0, 100), PerMillion(0, 0, 0)).per_million is None
+
+
+def test_a_month_has_the_rentals_that_began_in_it_whole() -> None:
+    rentals = [ended("one", NOON, 1.0), ended("two", NOON + DAY, 2.0), ended("before", NOON - 20 * DAY, 4.0)]
+    usage = {"one": Usage(1, 10, 5, 1), "two": Usage(2, 20, 0, 2), "before": Usage(9, 9, 9, 9)}
+    value = cost.report(rentals, usage, PRICE, "2026-11", now=NOON + 2 * DAY)
+    assert [row.invoice.label for row in value.rentals] == ["one", "two"]
+    assert value.total.dollars == 3.0
+    assert value.total.usage == Usage(3, 30, 5, 3)
+    assert (value.running, value.estimated) == ((), 0)
+    assert [row.invoice.label for row in cost.report(rentals, usage, PRICE, "2026-10", now=NOON).rentals] == ["before"]
+
+
+def test_what_runs_is_told_so_far_whatever_the_month() -> None:
+    live = replace(ended("live", NOON, 0.0), state=State.READY, charges=None, ended_at=None)
+    value = cost.report([live], {}, PRICE, "2026-10", now=NOON + 7200)
+    assert value.rentals == ()
+    assert [(row.invoice.label, row.running, row.invoice.estimated) for row in value.running] == [("live", True, True)]
+    assert value.running[0].cost.dollars == pytest.approx(2 * 0.31)
+    assert cost.report([live], {}, PRICE, "2026-11", now=NOON + 7200).estimated == 1
+
+
+def test_a_rental_that_never_became_a_box_is_not_told() -> None:
+    never = make_rental(state=State.ENDED, created_at=NOON)
+    assert cost.report([never], {}, PRICE, "2026-11", now=NOON).rentals == ()
+
+
+@pytest.mark.parametrize("text", ["", "11", "2026-13", "2026-11-01", "last"])
+def test_a_month_that_is_none_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="--month"):
+        cost.month(text)
+
+
+def test_a_month_may_be_written_short() -> None:
+    assert cost.month("2026-3") == "2026-03"
