@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/proxy.py [--json] [--rounds N] [--cache DIR]
 
-The stub answers at once, as llama.cpp's server does, so all that is measured is on top of it. Every way gets the same
-80 KB request; the rounds go through all ways in turn, so that a busy moment meets all of them. Loopback, four
-processes: the load, the stub, the engine side (as it is shipped) and the front. Then come the peers that scripts/peers
-installed, one at a time, before the same stub with the same request, fewer of them because they are slower.
+The stub answers at once, in the words of llama.cpp's server, so all that is measured is on top of it; it keeps its
+connections, as Ollama does and llama.cpp does not. Every way gets the same 80 KB request; the rounds go through all
+ways in turn, so that a busy moment meets all of them. Loopback, four processes: the load, the stub, the engine side (as
+it is shipped) and the front. Then come the peers that scripts/peers installed, one at a time, before the same stub with
+the same request, fewer of them because they are slower.
 """
 
 from __future__ import annotations

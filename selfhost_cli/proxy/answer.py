@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from selfhost_cli.proxy.contract import Json
 from selfhost_cli.proxy.engines import AnswerEvent, Done, Prompt, Text, Thinking, ToolCall, ToolInput
-from selfhost_cli.proxy.errors import EmptyAnswer, EngineBroke, ProxyError
+from selfhost_cli.proxy.errors import EmptyAnswer, EngineBroke, ProxyError, new_id
 
 BlockKind = Literal["text", "thinking", "tool_use"]
 
@@ -44,7 +43,7 @@ class Narrator:
                 yield self._delta({"type": "thinking_delta", "thinking": text})
             case ToolCall(name):
                 self._blank = ""
-                yield from self._begin("tool_use", {"id": _id("toolu"), "name": name, "input": {}})
+                yield from self._begin("tool_use", {"id": new_id("toolu"), "name": name, "input": {}})
                 self._bare_call = True
             case ToolInput(piece) if piece:
                 if self._open != "tool_use":
@@ -110,7 +109,7 @@ class Narrator:
         return {
             "type": "message_start",
             "message": {
-                "id": _id("msg"),
+                "id": new_id("msg"),
                 "type": "message",
                 "role": "assistant",
                 "model": self._model,
@@ -160,7 +159,3 @@ def _whole(block: Json, said: str) -> Json | None:
     except ValueError:
         return None
     return block | {"input": given} if isinstance(given, dict) else None
-
-
-def _id(prefix: str) -> str:
-    return f"{prefix}_{uuid.uuid4().hex[:24]}"

@@ -10,7 +10,11 @@ import orjson
 
 
 def decode(data: bytes | str) -> Any:
-    """Raises ValueError, also for numbers that JSON has no words for."""
+    """Raises ValueError, also for numbers that JSON has no words for.
+
+    Whole numbers of more than 64 bits come as the nearest float, as in JavaScript: to look for them in a body would
+    cost more than to read it.
+    """
     try:
         return orjson.loads(data)
     except ValueError:
@@ -27,7 +31,7 @@ def encode(value: Any) -> bytes:
     try:
         return orjson.dumps(value)
     except TypeError:
-        # lone surrogates, and whole numbers of more than 64 bits
+        # lone surrogates, and the longer whole numbers that `json` reads beside them
         return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
 
 

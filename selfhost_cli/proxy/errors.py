@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import random
 from typing import Any
 
 OVERLOADED = "overloaded_error"
@@ -97,5 +97,6 @@ def error_object(kind: str, message: str, request_id: str) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
-def new_request_id() -> str:
-    return f"req_{uuid.uuid4().hex[:24]}"
+def new_id(prefix: str) -> str:
+    """All that it has to be is unique."""
+    return f"{prefix}_{random.getrandbits(96):024x}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from operator import is_
 from typing import Any, NoReturn
 
 from selfhost_cli.proxy.contract import Json
@@ -58,15 +59,28 @@ def shut_out(key: str, schema: Any) -> bool:
 
 
 class _Fit:
-    """One schema, with its definitions."""
+    """One schema, with its definitions. Nothing is tried twice: a schema that recurs would have it done without end."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
+        # with the value, so that its id does not become another's
+        self._tried: dict[tuple[int, int, bool], tuple[Any, Any, bool]] = {}
+        self._allowed: dict[int, set[str]] = {}
 
     def fit(self, value: Any, schema: Any, *, coerce: bool = True) -> Any:
-        """The value in the type that is wanted: text may be the JSON of one. Raises Misfit."""
+        """The value in the type that is wanted, itself where it has it: text may be the JSON of one. Raises Misfit."""
         if not isinstance(schema, dict):
             return _refuse() if schema is False else value
+        key = id(value), id(schema), coerce
+        if key not in self._tried:
+            try:
+                self._tried[key] = value, self._fitted(value, schema, coerce=coerce), True
+            except Misfit:
+                self._tried[key] = value, None, False
+        _, fitted, good = self._tried[key]
+        return fitted if good else _refuse()
+
+    def _fitted(self, value: Any, schema: Json, *, coerce: bool) -> Any:
         if isinstance(reference := schema.get("$ref"), str):
             value = self.fit(value, self._definition(reference), coerce=coerce)
         for part in _array(schema.get("allOf")):
@@ -76,21 +90,29 @@ class _Fit:
                 value = self._one_of(value, options, coerce=coerce)
         if types := [kind for kind in _array(schema.get("type")) if isinstance(kind, str) and kind in _IS]:
             value = _typed(value, types, coerce=coerce)
-        allowed = [schema["const"]] if "const" in schema else _array(schema.get("enum"))
-        if allowed:
+        if allowed := self._allowed_by(schema):
             value = _listed(value, allowed, coerce=coerce and not types)
         if isinstance(value, dict):
             return self._object(value, schema, coerce=coerce)
         if isinstance(value, list) and "items" in schema:
-            return [self.fit(item, schema["items"], coerce=coerce) for item in value]
+            items = [self.fit(item, schema["items"], coerce=coerce) for item in value]
+            return value if all(map(is_, items, value)) else items
         return value
+
+    def _allowed_by(self, schema: Json) -> set[str]:
+        """What `const` or `enum` allow, as JSON; empty without one."""
+        if id(schema) not in self._allowed:
+            allowed = [schema["const"]] if "const" in schema else _array(schema.get("enum"))
+            self._allowed[id(schema)] = set(map(_json, allowed))
+        return self._allowed[id(schema)]
 
     def _object(self, value: Json, schema: Json, *, coerce: bool) -> Json:
         properties = _object(schema.get("properties"))
         others = None if "patternProperties" in schema else schema.get("additionalProperties")
         if any(key not in value for key in _array(schema.get("required")) if isinstance(key, str)):
             _refuse()
-        return {key: self.fit(part, properties.get(key, others), coerce=coerce) for key, part in value.items()}
+        parts = {key: self.fit(part, properties.get(key, others), coerce=coerce) for key, part in value.items()}
+        return value if all(map(is_, parts.values(), value.values())) else parts
 
     def _one_of(self, value: Any, options: list[Any], *, coerce: bool) -> Any:
         """As it is, when one of them takes it so: a text that may stay text does."""
@@ -115,8 +137,8 @@ class _Fit:
 _IS: dict[Any, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "boolean": lambda value: isinstance(value, bool),
-    "integer": lambda value: _number(value) and value == int(value),
-    "number": lambda value: _number(value),
+    "integer": lambda value: _IS["number"](value) and isinstance(_whole(value), int),
+    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
     "null": lambda value: value is None,
     "object": lambda value: isinstance(value, dict),
     "array": lambda value: isinstance(value, list),
@@ -133,11 +155,26 @@ def _typed(value: Any, types: list[Any], *, coerce: bool) -> Any:
     return _refuse()
 
 
-def _listed(value: Any, allowed: list[Any], *, coerce: bool) -> Any:
-    # by their JSON, because to Python true is 1
-    listed = {json.dumps(one, sort_keys=True) for one in allowed}
-    if json.dumps(value, sort_keys=True) not in listed:
+def _listed(value: Any, allowed: set[str], *, coerce: bool) -> Any:
+    if _json(value) not in allowed:
         return _listed(_from_text(value), allowed, coerce=False) if coerce else _refuse()
+    return value
+
+
+def _json(value: Any) -> str:
+    """The same for what is equal in JSON: to Python true is 1."""
+    return json.dumps(_whole(value), sort_keys=True)
+
+
+def _whole(value: Any) -> Any:
+    """With 1 for 1.0."""
+    match value:
+        case float():
+            return int(value) if value.is_integer() else value
+        case dict():
+            return {key: _whole(part) for key, part in value.items()}
+        case list():
+            return [_whole(part) for part in value]
     return value
 
 
@@ -160,10 +197,6 @@ def _finite(digits: str) -> float:
 
 def _refuse(_: object = None) -> NoReturn:
     raise Misfit
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _object(value: Any) -> Json:

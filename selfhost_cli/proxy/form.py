@@ -13,7 +13,7 @@ from selfhost_cli.proxy.engines import AnswerEvent, Done, Text, ToolCall
 from selfhost_cli.proxy.errors import API_ERROR, ProxyError
 from selfhost_cli.proxy.fit import fits
 
-FENCED = re.compile(r"\A\s*```\w*\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
+FENCE = re.compile(r"```\w*\s*")
 
 
 def in_words(request: Request) -> Request:
@@ -60,7 +60,7 @@ class Form:
         said = "".join(self._held)
         if not said:
             return  # nothing at all is somebody else's to complain of
-        text = found[1] if (found := FENCED.match(said)) else said.strip()
+        text = _unfenced(said.strip())
         try:
             fitting = fits(decode(text), self._schema)
         except ValueError:
@@ -69,3 +69,8 @@ class Form:
             message = "the model's answer does not fit the schema of output_config.format"
             raise ProxyError(400, API_ERROR, message, final=True)
         yield Text(text)
+
+
+def _unfenced(said: str) -> str:
+    fence, _, inside = said.partition("\n")
+    return inside[:-3].strip() if FENCE.fullmatch(fence) and inside.endswith("```") else said

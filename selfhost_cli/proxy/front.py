@@ -222,7 +222,7 @@ class _Relayed:
             except (aiohttp.ClientError, OSError) as error:
                 await self._broken(response, _reason(error))
                 return response
-            trace().mark_first()
+            trace().mark("first")
             if whole := self._meter.read(chunk) if self._meter else chunk:
                 await response.write(whole)
 

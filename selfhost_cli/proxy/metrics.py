@@ -33,7 +33,7 @@ class Metrics:
         self._output = self._counter("output_tokens", "Tokens generated in answers that came to their end")
         self._repaired = self._counter("repaired_calls", "Tool calls that came as text and left as calls")
         self._engine = self._counter("engine_seconds", "Slot to first output (prompt), first output to end", "phase")
-        self._waited = self._histogram("queue_seconds", "Wait for a slot of the engine, of those that got one")
+        self._waited = self._histogram("queue_seconds", "Wait for the model to load and a slot, of those that got one")
         self._first = self._histogram("first_token_seconds", "From the request to the first output for its client")
         self._gauge("queue_length", "Requests that wait for a slot").set_function(lambda: admission.waiting)
         self._gauge("running", "Requests that hold a slot").set_function(lambda: admission.running)

@@ -17,12 +17,13 @@ UNREAD = 2**17
 class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._engine_port, self._activity = path / "engine.port", path / "activity"
         self._engine: tuple[tuple[int, int], str] | None = None
 
     def engine_url(self) -> str:
         """Raises EngineDown while the engine has not written its port."""
         try:
-            stat = os.stat(self.path / "engine.port")
+            stat = os.stat(self._engine_port)
         except OSError:
             raise EngineDown("the engine is still starting") from None
         written = stat.st_ino, stat.st_mtime_ns
@@ -36,7 +37,7 @@ class RunDir:
 
     def touch_activity(self) -> None:
         """A client is being served now: the watchdog counts idleness from here."""
-        (self.path / "activity").touch()
+        self._activity.touch()
 
     def mark_ready(self) -> None:
         """From the first time on the watchdog counts idleness at all; a restart must not begin that anew."""

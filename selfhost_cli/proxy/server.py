@@ -174,35 +174,36 @@ class _EngineSide:
                 return await self._whole(asked)
 
     def _asked(self, body: bytes) -> _Asked:
-        """A form that the engine does not see to is asked for in words; what follows a prefill has none by itself."""
+        """A form that the engine does not see to is asked for in words; what goes on with a turn has none by itself."""
         request, form = contract.parse(body), None
         schema = request.schema
-        if schema is not None and not request.prefill and not self._engine.forms(request):
+        if schema is not None and request.messages[-1]["role"] == "user" and not self._engine.forms(request):
             request, form = in_words(request), Form(schema)
         return _Asked(request, self._lengths.of(request, len(body)), form)
 
     @contextmanager
     def _serving(self, *, probe: bool) -> Iterator[None]:
-        """Between these two touches the background task makes more of them."""
+        """A touch before the first client and one after the last; in between the background task makes them."""
         if probe:
             yield
             return
+        if not self._clients:
+            self._run.touch_activity()
         self._clients += 1
-        self._run.touch_activity()
         try:
             yield
         finally:
             self._clients -= 1
-            self._run.touch_activity()
+            if not self._clients:
+                self._run.touch_activity()
 
     async def _check_length(self, asked: _Asked) -> None:
         """Before the 200, so that it is a real status, and so is an engine that is down."""
-        limit = asked.length.limit = await self._engine.context()
-        if asked.length.fits(limit):
-            return
-        tokens = await self._engine.count(asked.request)
+        limit = await self._engine.context()
+        tokens = None if asked.length.fits(limit) else await self._engine.count(asked.request)
+        asked.length.limit = limit  # not earlier: what an engine that loads did not count is to be counted again
         if tokens is None:
-            return  # it refuses by itself what does not fit
+            return  # it fits, or the engine refuses it by itself
         asked.length.learn(tokens)
         if tokens > limit:
             raise too_long(tokens, limit)
@@ -238,23 +239,23 @@ class _EngineSide:
         rescue = Rescue([*request.tools, *request.deferred.values()], stops=stops)
         traced = trace()
         try:
-            traced.mark("queued")
-            async with self._admission.turn(auxiliary=traced.cls == AUXILIARY):
-                traced.mark("turn")
-                async with aclosing(self._generated(asked)) as events:
-                    async for event in events:
-                        if not isinstance(event, Prompt):
-                            traced.mark("heard")
-                        if isinstance(event, Done):
-                            traced.mark("done")
-                        kept = rescue.feed(event)
-                        if asked.form:
-                            kept = chain.from_iterable(map(asked.form.feed, kept))
-                        for told in (told for one in kept for told in narrator.tell(one)):
-                            traced.mark_first()
+            async with aclosing(self._generated(asked)) as events:
+                async for event in events:
+                    if not isinstance(event, Prompt):
+                        traced.mark("heard")
+                    if isinstance(event, Done):
+                        traced.mark("done")
+                        # not only when it is told: what does not have its form is not, and was generated all the same
+                        narrator.output_tokens = event.output_tokens
+                    kept = rescue.feed(event)
+                    if asked.form:
+                        kept = chain.from_iterable(map(asked.form.feed, kept))
+                    for one in kept:
+                        for told in narrator.tell(one):
+                            traced.mark("first")
                             yield told
-                        if isinstance(event, Done):
-                            break
+                    if isinstance(event, Done):
+                        break
             if not narrator.finished:
                 raise EngineBroke("the engine stopped in the middle of the answer")
             asked.length.learn(narrator.prompt.total)
@@ -264,20 +265,28 @@ class _EngineSide:
             self._record(narrator)
 
     async def _generated(self, asked: _Asked) -> AsyncGenerator[AnswerEvent]:
-        """What the engine says. A stream waits while the model loads: refused, Claude Code gives up after 80 s."""
-        deadline = time.monotonic() + LOADING_S
+        """What the engine says, from a slot of its own.
+
+        A stream waits while the model loads, without a slot: refused, Claude Code gives up after 80 s.
+        """
+        traced = trace()
+        traced.mark("queued")
+        deadline = traced.moments["began"] + LOADING_S
         while True:
             try:
                 if not asked.length.limit:
                     await self._check_length(asked)
-                async with aclosing(self._engine.messages(asked.request)) as events:
-                    async for event in events:
-                        yield event
+                async with self._admission.turn(auxiliary=traced.cls == AUXILIARY):
+                    traced.mark("turn")
+                    async with aclosing(self._engine.messages(asked.request)) as events:
+                        async for event in events:
+                            yield event
                 return
             except EngineLoading:
                 if not asked.request.stream or time.monotonic() > deadline:
                     raise
-                await asyncio.sleep(self._settings.ready_every)
+                traced.moments.pop("turn", None)
+            await asyncio.sleep(self._settings.ready_every)
 
     def _record(self, narrator: Narrator) -> None:
         trace().input_tokens, trace().cached_tokens = narrator.prompt.total, narrator.prompt.cached

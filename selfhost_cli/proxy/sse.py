@@ -28,23 +28,21 @@ class Parser:
     def feed(self, chunk: bytes) -> Iterator[Event]:
         lines, ended, rest = (self._rest + chunk).rpartition(b"\n")
         self._rest = rest
-        if ended:
-            for line in lines.decode("utf-8", "replace").split("\n"):
-                if event := self._line(line.removesuffix("\r")):
-                    yield event
-
-    def _line(self, line: str) -> Event | None:
-        if not line:
-            event = Event(self._name or "message", "\n".join(self._data)) if self._data else None
-            self._name, self._data = "", []
-            return event
-        field, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if field == "event":
-            self._name = value
-        elif field == "data":
-            self._data.append(value)
-        return None
+        if not ended:
+            return
+        for line in (lines + ended).decode("utf-8", "replace").replace("\r\n", "\n").split("\n")[:-1]:
+            if not line:
+                name, data = self._name, self._data
+                self._name, self._data = "", []
+                if data:
+                    yield Event(name or "message", "\n".join(data))
+                continue
+            field, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            if field == "data":
+                self._data.append(value)
+            elif field == "event":
+                self._name = value
 
 
 def encode(event: dict[str, Any]) -> bytes:

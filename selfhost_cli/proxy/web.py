@@ -9,7 +9,6 @@ import logging
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,7 +22,7 @@ from selfhost_cli.proxy.errors import (
     INVALID,
     ProxyError,
     invalid,
-    new_request_id,
+    new_id,
     not_found,
     too_large,
     unauthorized,
@@ -31,6 +30,8 @@ from selfhost_cli.proxy.errors import (
 
 MAX_BODY = 32 * 2**20
 PING_EVERY = 5.0
+UNREAD_S = 300.0
+"""So long may a client leave unread what is written to it; then it is cut off, because it holds a slot."""
 MOST_PENDING = 2**14
 """Bytes of events that are written in the next moment; more than that only a slow reader leaves."""
 PUBLIC = frozenset({"/", "/api/hello"})
@@ -49,7 +50,7 @@ _TRACE: ContextVar[Trace] = ContextVar("trace")
 class Trace:
     """What the log says of one request. Never any of its text."""
 
-    id: str = field(default_factory=new_request_id)
+    id: str = field(default_factory=lambda: new_id("req"))
     cls: str = "other"
     outcome: str = ""
     input_tokens: int = 0
@@ -64,9 +65,6 @@ class Trace:
         """It is now, unless it was before."""
         if moment not in self.moments:
             self.moments[moment] = time.monotonic()
-
-    def mark_first(self) -> None:
-        self.mark("first")
 
     def seconds(self, since: Moment, until: Moment) -> float | None:
         """Between the two; None when one of them never came."""
@@ -156,6 +154,8 @@ def _unpacked(encoding: str, body: bytes) -> bytes:
         raise too_large(MAX_BODY)
     if not unpacker.eof:
         raise invalid(f"the body breaks off in the middle of its content-encoding ({encoding})")
+    if unpacker.unused_data:
+        raise invalid(f"the body goes on behind the end of its content-encoding ({encoding})")
     return unpacked
 
 
@@ -174,9 +174,9 @@ class EventStream:
     def __init__(self, http: web.Request, ping_every: float = PING_EVERY) -> None:
         self._http = http
         self._every = ping_every
+        self._loop = asyncio.get_running_loop()
         self._pending = bytearray()
-        self._news, self._room = asyncio.Event(), asyncio.Event()
-        self._closing = False
+        self._writing: asyncio.Task[None] | None = None
         self._gone: ConnectionError | None = None
         self.response = web.StreamResponse(
             headers={
@@ -188,46 +188,65 @@ class EventStream:
 
     async def __aenter__(self) -> EventStream:
         await self.response.prepare(self._http)
-        self._writer = asyncio.create_task(self._write())
+        self._written = self._loop.time()
+        self._silence = self._loop.call_later(self._every, self._ping)
         return self
 
     async def __aexit__(self, failed: object, *_: object) -> None:
-        if failed:
-            self._writer.cancel()
-            return
-        self._closing = True
-        self._news.set()
-        await self._writer
-        self._check()
+        self._silence.cancel()
+        if not failed:
+            last, self._pending = self._pending, bytearray()
+            unread = self._loop.call_later(UNREAD_S, self._cut_off)
+            try:
+                await self._room()
+                await self.response.write_eof(bytes(last))
+            finally:
+                unread.cancel()
+        elif self._writing:
+            self._writing.cancel()
 
     async def send(self, event: Json) -> None:
-        self._check()
-        self._pending += sse.encode(event)
-        self._news.set()
+        if self._gone:
+            raise self._gone
+        self._put(sse.encode(event))
         if len(self._pending) > MOST_PENDING:
-            self._room.clear()
-            await self._room.wait()
-            self._check()
+            await self._room()
 
-    def _check(self) -> None:
+    def _put(self, data: bytes) -> None:
+        """It is written in the next moment, with what else comes until then."""
+        self._pending += data
+        if self._writing is None or self._writing.done():
+            self._writing = self._loop.create_task(self._write())
+
+    async def _room(self) -> None:
+        """What is pending has been written."""
+        if self._writing:
+            await self._writing
         if self._gone:
             raise self._gone
 
     async def _write(self) -> None:
         try:
-            while self._pending or not self._closing:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._every):
-                        await self._news.wait()
-                if self._pending or not self._closing:
-                    data, self._pending = self._pending or sse.PING, bytearray()
-                    self._news.clear()
-                    await self.response.write(data)
-                    self._room.set()
+            while self._pending:
+                data, self._pending = self._pending, bytearray()
+                await self.response.write(data)
+                self._written = self._loop.time()
         except ConnectionError as error:
             self._gone = error
-        finally:
-            self._room.set()
+
+    def _ping(self) -> None:
+        left = self._written + self._every - self._loop.time()
+        if left <= 0:
+            left = self._every
+            if not self._pending:
+                self._put(sse.PING)
+            if self._loop.time() - self._written > UNREAD_S:
+                self._cut_off()
+        self._silence = self._loop.call_later(left, self._ping)
+
+    def _cut_off(self) -> None:
+        if self._http.transport:
+            self._http.transport.abort()
 
 
 def _gate(token: str, public: frozenset[str], observe: Callable[[Trace], None] | None) -> Middleware:

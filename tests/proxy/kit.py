@@ -98,6 +98,8 @@ def ended(reason: str = "end_turn", tokens: int = 7, blocks: int = 1, sequence: 
 
 
 HELLO = [started(), *text("Hello", " there"), *ended()]
+LOADING: Json = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
+"""What it says, with a 503, until its model is loaded."""
 Step = bytes | asyncio.Event | str
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
+from selfhost_cli.proxy import server
 from selfhost_cli.proxy.contract import Request
+from selfhost_cli.proxy.engines import upstream
 from selfhost_cli.proxy.engines.anthropic import AnthropicEngine
 from tests.proxy.kit import (
     HELLO,
     HI,
+    LOADING,
     READ,
     STREAM,
     Json,
@@ -270,8 +276,7 @@ async def test_a_permanent_500_becomes_a_400_with_its_reason(tmp_path: Path) -> 
 
 @asynchronous
 async def test_a_loading_engine_is_overloaded_and_says_when_to_come_back(tmp_path: Path) -> None:
-    refusal = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
-    async with proxied(LlamaStub(refusal=(503, refusal)), tmp_path) as proxy:
+    async with proxied(LlamaStub(refusal=(503, LOADING)), tmp_path) as proxy:
         status, body, headers = await proxy.answer()
     assert_error(status, body, 529, "overloaded_error")
     assert 1 <= int(headers["retry-after"]) <= 60
@@ -281,11 +286,10 @@ async def test_a_loading_engine_is_overloaded_and_says_when_to_come_back(tmp_pat
 @asynchronous
 async def test_a_stream_waits_behind_pings_while_the_model_loads(tmp_path: Path, known: bool) -> None:
     """Refused, Claude Code would give up after 80 seconds; `known`: the engine answered before, and was restarted."""
-    loading = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
     stub = LlamaStub() if known else OllamaStub(loaded="")
     async with proxied(stub, tmp_path, ping_every=0.02) as proxy:
         if known:
-            stub.refusal = (503, loading)
+            stub.refusal = (503, LOADING)
         async with proxy.post(STREAM) as response:
             assert await response.content.readline() == b"event: ping\n"
             stub.refusal = None
@@ -293,6 +297,56 @@ async def test_a_stream_waits_behind_pings_while_the_model_loads(tmp_path: Path,
                 stub.loaded = "tiny:latest"
             events = [event async for event in streamed(response.content.iter_any())]
     assert texts(events) == "Hello there"
+
+
+@asynchronous
+async def test_who_waits_for_the_model_holds_no_slot(tmp_path: Path) -> None:
+    """Else who wants no stream, and is told at once to come back, would wait behind it."""
+    stub = LlamaStub()
+    async with proxied(stub, tmp_path) as proxy, asyncio.timeout(10):
+        stub.refusal = (503, LOADING)
+        async with proxy.post(STREAM) as waiting:
+            await eventually(lambda: bool(stub.asked))
+            status, body, _ = await proxy.answer()
+            assert_error(status, body, 529, "overloaded_error")
+            stub.refusal = None
+            assert b"message_stop" in await waiting.read()
+
+
+@asynchronous
+async def test_waits_for_the_model_do_not_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "LOADING_S", 1.0)
+    stub = LlamaStub()
+    async with proxied(stub, tmp_path) as proxy:
+        stub.refusal = (503, LOADING)
+        began = time.monotonic()
+        ends = await asyncio.gather(*(proxy.stream() for _ in range(5)))
+    assert [end[-1]["error"]["type"] for end in ends] == ["overloaded_error"] * 5
+    assert 1 <= time.monotonic() - began < 3
+
+
+@dataclass
+class LoadingStub(LlamaStub):
+    """Knows its context while it loads, and counts nothing."""
+
+    loading: bool = False
+
+    async def _count(self, http: web.Request) -> web.Response:
+        return web.json_response(LOADING, status=503) if self.loading else await super()._count(http)
+
+
+@asynchronous
+async def test_a_prompt_that_could_not_be_counted_while_the_model_loaded_is_counted_then(tmp_path: Path) -> None:
+    stub = LoadingStub(tokens=9009, n_ctx=8192)
+    long = {"messages": [{"role": "user", "content": "word " * 9000}]}
+    async with proxied(stub, tmp_path, ping_every=0.02) as proxy:
+        stub.loading = True
+        async with proxy.post(STREAM | long) as response:
+            assert await response.content.readline() == b"event: ping\n"
+            stub.loading = False
+            last = [event async for event in streamed(response.content.iter_any())][-1]
+    assert last["error"]["message"] == "prompt is too long: 9009 tokens > 8192 maximum"
+    assert stub.asked == []
 
 
 @pytest.mark.parametrize("port", [None, "1"], ids=["not started", "refuses"])
@@ -341,6 +395,55 @@ async def test_too_long_found_by_the_engine_only_is_worded_alike(tmp_path: Path)
         message = assert_error(status, error, 400, "invalid_request_error")
         assert message == "prompt is too long: 4096 tokens > 4095 maximum"
         assert (await proxy.stream())[0]["error"]["message"] == message
+
+
+@dataclass
+class HaltingLlama(LlamaStub):
+    """Refuses in two pieces; `whole`: the second comes."""
+
+    whole: bool = True
+
+    async def _messages(self, http: web.Request) -> web.StreamResponse:
+        await http.read()
+        return await self._halting(http)
+
+    async def _halting(self, http: web.Request) -> web.StreamResponse:
+        assert self.refusal
+        raw = json.dumps(self.refusal[1]).encode()
+        response = web.StreamResponse(status=self.refusal[0])
+        await response.prepare(http)
+        await response.write(raw[:20])
+        await asyncio.sleep(0.05)
+        if self.whole:
+            await response.write(raw[20:])
+        else:
+            await asyncio.Event().wait()
+        return response
+
+
+@dataclass
+class HaltingOllama(HaltingLlama, OllamaStub):
+    async def _chat(self, http: web.Request) -> web.StreamResponse:
+        return await self._halting(http)
+
+
+@pytest.mark.parametrize("kind", [HaltingLlama, HaltingOllama])
+@asynchronous
+async def test_a_refusal_is_read_to_its_end(tmp_path: Path, kind: type[HaltingLlama]) -> None:
+    overflow = {"type": "exceed_context_size_error", "n_prompt_tokens": 5000, "n_ctx": 4096, "message": "request …"}
+    async with proxied(kind(refusal=(400, {"error": overflow})), tmp_path) as proxy:
+        status, error, _ = await proxy.answer()
+    message = assert_error(status, error, 400, "invalid_request_error")
+    assert message == "prompt is too long: 5000 tokens > 4096 maximum"
+
+
+@asynchronous
+async def test_a_refusal_without_an_end_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "REFUSAL_S", 0.3)
+    stub = HaltingLlama(refusal=(400, {"error": {"message": "no"}}), whole=False)
+    async with proxied(stub, tmp_path) as proxy, asyncio.timeout(10):
+        status, error, _ = await proxy.answer()
+    assert '{"error": {"message"' in assert_error(status, error, 400, "invalid_request_error")
 
 
 # --- time ---

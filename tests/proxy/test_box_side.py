@@ -139,10 +139,13 @@ PACKED = gzip.compress(json.dumps(HI).encode())
         ("identity", json.dumps(HI).encode(), 200),
         ("gzip", json.dumps(HI).encode(), 400),
         ("gzip", PACKED[:-9], 400),
+        ("gzip", b"", 400),
+        ("gzip", PACKED + b"junk", 400),
+        ("gzip", gzip.compress(as_body(HI)[:9]) + gzip.compress(as_body(HI)[9:]), 400),
         ("gzip", gzip.compress(b" " * (MAX_BODY + 1)), 413),
         ("br", json.dumps(HI).encode(), 415),
     ],
-    ids=["gzip", "deflate", "identity", "no gzip", "cut", "too large", "brotli"],
+    ids=["gzip", "deflate", "identity", "no gzip", "cut", "empty", "junk behind", "two", "too large", "brotli"],
 )
 def test_a_packed_body_is_unpacked_or_refused_in_anthropics_words(
     tmp_path: Path, encoding: str, body: bytes, status: int

@@ -223,6 +223,12 @@ def test_input_that_is_no_object_is_an_empty_one() -> None:
     assert request.messages[1]["content"] == [USED | {"input": {}, "id": ""}]
 
 
+@pytest.mark.parametrize(("number", "read"), [(2**64 - 1, 2**64 - 1), (-(2**63), -(2**63)), (2**80 + 1, 2.0**80)])
+def test_whole_numbers_are_exact_to_64_bits_and_the_nearest_float_beyond(number: int, read: float) -> None:
+    request = parsed(messages=[user("q"), assistant(USED | {"input": {"n": number}})])
+    assert repr(request.messages[1]["content"][0]["input"]["n"]) == repr(read)
+
+
 def test_tools_that_nobody_can_run_are_dropped_and_the_choice_is_kept() -> None:
     search = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
     other = READ | {"name": "Other"}

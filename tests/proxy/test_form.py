@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from selfhost_cli.proxy.engines import Done, Text
+from selfhost_cli.proxy.errors import ProxyError
+from selfhost_cli.proxy.form import Form
 from tests.proxy.kit import (
     HI,
     READ,
@@ -73,6 +77,49 @@ def test_one_that_does_not_is_an_error_and_not_given_out(tmp_path: Path, words: 
     ask()
 
 
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("```\n{}\n```", "{}"),
+        (" ```json \r\n\n{}```\n", "{}"),
+        ('```json\n{"title": "```"}\n```', '{"title": "```"}'),
+        ('"```\\n```"', '"```\\n```"'),
+        ("```json\n{}", None),
+        ("```two words\n{}\n```", None),
+        ("```{}```", None),
+        ("```", None),
+        ("```\n```", None),
+    ],
+)
+def test_a_fence_is_taken_off_where_it_is_whole(said: str, meant: str | None) -> None:
+    form = Form({})
+    assert list(form.feed(Text(said))) == []
+    done = Done("end_turn", 3)
+    if meant is None:
+        with pytest.raises(ProxyError):
+            list(form.feed(done))
+    else:
+        assert list(form.feed(done)) == [Text(meant), done]
+
+
+def test_a_fence_that_is_never_closed_costs_no_more_than_reading_it() -> None:
+    form = Form({})
+    began = time.process_time()
+    list(form.feed(Text("```json" + "\n" * 2000 + "{}")))
+    with pytest.raises(ProxyError):
+        list(form.feed(Done("end_turn", 3)))
+    assert time.process_time() - began < 1
+
+
+@asynchronous
+async def test_what_was_generated_is_counted_also_of_one_that_does_not(tmp_path: Path) -> None:
+    async with proxied(stub("Cats"), tmp_path) as proxy:
+        await proxy.answer(ASKED)
+        async with proxy.get("/health") as response:
+            usage = (await response.json())["usage"]
+    assert (usage["input_tokens"], usage["output_tokens"]) == (20, 7)
+
+
 @asynchronous
 async def test_one_that_was_cut_passes_as_it_is(tmp_path: Path) -> None:
     async with proxied(stub('{"title": "Ca', reason="max_tokens"), tmp_path) as proxy:
@@ -89,7 +136,18 @@ async def test_a_call_needs_no_form_and_neither_does_what_is_said_before_it(tmp_
     assert [block["type"] for block in message["content"]] == ["text", "tool_use"]
 
 
-@pytest.mark.parametrize(("tools", "by_grammar"), [([], True), ([READ], False)])
+@asynchronous
+async def test_a_last_turn_of_the_assistants_is_left_as_it_is(tmp_path: Path) -> None:
+    call = {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {}}
+    engine = stub('{"title": "Cats"}')
+    async with proxied(engine, tmp_path) as proxy:
+        await proxy.answer(ASKED | {"messages": [*HI["messages"], {"role": "assistant", "content": [call]}]})
+    assert engine.asked[0]["messages"][-1] == {"role": "assistant", "content": [call]}
+
+
+@pytest.mark.parametrize(
+    ("tools", "by_grammar"), [([], True), ([READ], False), ([READ | {"defer_loading": True}], False)]
+)
 def test_ollamas_grammar_holds_it_unless_there_are_tools_to_call(tmp_path: Path, tools: Any, by_grammar: bool) -> None:
     @asynchronous
     async def ask() -> None:

@@ -13,6 +13,7 @@ from selfhost_cli.proxy.admission import Admission
 from tests.proxy.kit import (
     HELLO,
     HI,
+    LOADING,
     STREAM,
     LlamaStub,
     Proxy,
@@ -131,6 +132,18 @@ async def test_times_of_prompt_answer_and_first_token_are_told_apart(tmp_path: P
     assert 0.05 <= told["engine_seconds_total", "main", "answer"] < 5
     assert told["first_token_seconds_count", "main"] == 1
     assert 0.15 <= told["first_token_seconds_sum", "main"] < 5
+
+
+@asynchronous
+async def test_the_time_that_a_model_loads_is_a_wait_and_not_the_prompts(tmp_path: Path) -> None:
+    stub = LlamaStub()
+    loop = asyncio.get_running_loop()
+    async with proxied(stub, tmp_path) as proxy:
+        stub.refusal = (503, LOADING)
+        loop.call_later(1, setattr, stub, "refusal", None)
+        await proxy.stream()
+        told = await samples(proxy)
+    assert told["engine_seconds_total", "main", "prompt"] < 0.9 < told["queue_seconds_sum", "main"]
 
 
 @asynchronous

@@ -102,6 +102,17 @@ async def test_a_conversation_is_told_in_the_roles_of_the_api() -> None:
     ]
 
 
+@pytest.mark.parametrize(("owner", "known"), [("llamacpp", True), ("vllm", False), ("sglang", False), ("x", False)])
+@asynchronous
+async def test_the_assistants_thoughts_go_back_where_the_api_has_a_place_for_them(owner: str, known: bool) -> None:
+    thoughts = [{"type": "thinking", "thinking": said, "signature": ""} for said in ("hm", " so")]
+    turns = [user(text("a")), {"role": "assistant", "content": [*thoughts, text("b")]}, user(text("c"))]
+    body = await asked(Request(turns), owner, context=4096)
+    assert body["messages"][1] == {"role": "assistant", "content": "b"} | (
+        {"reasoning_content": "hm so"} if known else {}
+    )
+
+
 @asynchronous
 async def test_the_conversation_so_far_is_told_alike_in_every_turn() -> None:
     turns = [user(text("a")), {"role": "assistant", "content": [text("b")]}, user(PIXEL, text("c"))]
@@ -148,6 +159,17 @@ async def test_a_grammar_of_the_listed_tools_is_not_put_over_a_call_to_a_deferre
     assert body["tool_choice"] == choice
 
 
+@pytest.mark.parametrize(
+    ("offered", "late", "held"), [([], {}, True), ([READ], {}, False), ([], {"Late": READ | {"name": "Late"}}, False)]
+)
+@asynchronous
+async def test_the_grammar_of_a_schema_is_not_put_over_a_call(
+    offered: list[Json], late: dict[str, Json], held: bool
+) -> None:
+    async with engine_on(OpenAIStub()) as engine:
+        assert engine.forms(Request([user(text("hi"))], tools=offered, deferred=late, schema=SCHEMA)) is held
+
+
 @asynchronous
 async def test_sampling_schema_and_thinking_pass_in_the_words_of_the_api() -> None:
     sampling = {"temperature": 0, "top_p": 0.5, "top_k": 7, "stop_sequences": ["</x>"]}
@@ -159,6 +181,15 @@ async def test_sampling_schema_and_thinking_pass_in_the_words_of_the_api() -> No
     assert body["chat_template_kwargs"] == {"enable_thinking": False, "reasoning_effort": "high"}
     assert body["reasoning_effort"] == "high"
     assert (body["stream"], body["stream_options"]) == (True, {"include_usage": True})
+
+
+@pytest.mark.parametrize(
+    ("owner", "stops", "asks"), [("llamacpp", ["x"], True), ("llamacpp", [], False), ("vllm", ["x"], False)]
+)
+@asynchronous
+async def test_llamacpp_is_asked_which_stop_sequence_it_met(owner: str, stops: list[str], asks: bool) -> None:
+    body = await asked(Request([user(text("hi"))], sampling={"stop_sequences": stops} if stops else {}), owner)
+    assert (body.get("verbose"), body.get("response_fields")) == ((True, ["stopping_word"]) if asks else (None, None))
 
 
 @asynchronous
@@ -218,12 +249,11 @@ async def test_words_thoughts_and_counts_come_as_they_are_told() -> None:
         chunk({"reasoning": " so"}),
         chunk({"content": "", "reasoning": ""}),
     ]
-    events = await told([b": keep-alive\n\n", *thoughts, *words("Hel", "lo"), *ended(prompt=30, cached=24, output=9)])
+    events = await told([b": keep-alive\n\n", *thoughts, *words("Hello"), *ended(prompt=30, cached=24, output=9)])
     assert events == [
         Thinking("hm"),
         Thinking(" so"),
-        Text("Hel"),
-        Text("lo"),
+        Text("Hello"),
         Prompt(30, 24),
         Done("end_turn", 9),
     ]
@@ -289,12 +319,19 @@ async def test_pieces_of_two_calls_that_come_mixed_are_no_calls() -> None:
         await told([*mixed, *ended("tool_calls")])
 
 
+def stopped_by(word: str) -> bytes:
+    """llama.cpp's last choice, when it was asked for that."""
+    return sent({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "__verbose": {"stopping_word": word}})
+
+
 @pytest.mark.parametrize(
     ("end", "done"),
     [
         (ended("length"), Done("max_tokens", 7)),
         (ended("stop", stop_reason="</x>"), Done("stop_sequence", 7, "</x>")),
         (ended("stop", matched_stop="</x>"), Done("stop_sequence", 7, "</x>")),
+        ([stopped_by("</x>"), *ended()[1:]], Done("stop_sequence", 7, "</x>")),
+        ([stopped_by(""), *ended()[1:]], Done("end_turn", 7)),
         (ended("stop", stop_reason=151645), Done("end_turn", 7)),
         (ended("stop", matched_stop="<|im_end|>"), Done("end_turn", 7)),
         (ended("tool_calls"), Done("end_turn", 7)),

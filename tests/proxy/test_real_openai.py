@@ -106,6 +106,20 @@ async def test_a_prefill_goes_on_and_is_not_repeated(engine: Path) -> None:
 
 
 @asynchronous
+async def test_a_stop_sequence_is_named(engine: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": "Count from 1 to 6, digits and commas only."}], "max_tokens": 30}
+    async with speaking(engine) as adapter:
+        events = await answer(adapter, asked | {"stop_sequences": ["7", "4"]})
+        plain = await answer(adapter, asked | {"stop_sequences": ["seven"]})
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert (done.reason, done.stop_sequence) == ("stop_sequence", "4")
+    assert "3" in "".join(event.text for event in events if isinstance(event, Text))
+    assert isinstance(plain[-1], Done)
+    assert (plain[-1].reason, plain[-1].stop_sequence) == ("end_turn", None)
+
+
+@asynchronous
 async def test_the_count_is_the_prompt_that_is_then_used(engine: Path) -> None:
     async with speaking(engine) as adapter:
         for body in (HI, TASK):

@@ -19,16 +19,19 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from selfhost_cli.proxy import web as ours
 from tests.proxy.kit import (
     AUTH,
     HELLO,
     HI,
     STREAM,
+    TOKEN,
     LlamaStub,
     Step,
     asynchronous,
     ended,
     eventually,
+    proxied,
     serving,
     started,
     streamed,
@@ -199,3 +202,55 @@ async def test_a_client_that_stopped_reading_and_then_leaves_ends_it_as_well(tmp
             await settled(lambda: stub.sent)
             assert stub.running == 1
         await eventually(lambda: stub.running == 0, seconds=1)
+
+
+# --- clients that stay ---
+
+
+@asynchronous
+async def test_a_client_that_stays_and_reads_nothing_loses_the_slot_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "UNREAD_S", 0.3)
+    stub = FastStub(pieces=10**6)
+    async with proxied(stub, tmp_path, ping_every=0.05) as proxy, asking(proxy.url):
+        await eventually(lambda: stub.running == 1)
+        stub.pieces = 1
+        async with asyncio.timeout(15):
+            events = await proxy.stream()
+    assert events[-1]["type"] == "message_stop"
+
+
+@asynchronous
+async def test_one_that_reads_all_but_the_end_is_not_waited_for_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "UNREAD_S", 0.3)
+    left = asyncio.Event()
+
+    async def answer(http: web.Request) -> web.StreamResponse:
+        assert http.transport
+        try:
+            async with ours.EventStream(http) as stream:
+                while http.transport.get_write_buffer_size() <= 2**16:
+                    await stream.send({"type": "x", "text": "x" * 2**13})
+                    await asyncio.sleep(0)
+            return stream.response
+        finally:
+            left.set()
+
+    app = ours.application(TOKEN)
+    app.router.add_post("/v1/messages", answer)
+    async with serving(app) as url, asking(url):
+        await asyncio.wait_for(left.wait(), 10)
+
+
+@asynchronous
+async def test_one_that_reads_slowly_gets_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "UNREAD_S", 1.0)
+    stub = FastStub()
+    began = time.monotonic()
+    async with proxied(stub, tmp_path, ping_every=0.05) as proxy, asking(proxy.url) as response:
+        async for _ in response.content.iter_any():
+            await asyncio.sleep(0.01)
+    assert time.monotonic() - began > 1

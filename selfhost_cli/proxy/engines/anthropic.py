@@ -24,6 +24,7 @@ from selfhost_cli.proxy.engines.upstream import (
     Prefill,
     Upstream,
     explained,
+    joined,
     number,
     refusal,
     template_arguments,
@@ -74,7 +75,7 @@ class AnthropicEngine(Upstream):
             reading = _Reading()
             with self._blamed():
                 async for chunk in response.content.iter_any():
-                    for event in prefill.without(reading.feed(chunk)):
+                    for event in prefill.without(joined(reading.feed(chunk))):
                         yield event
                     if reading.over:
                         return

@@ -28,7 +28,7 @@ from selfhost_cli.proxy.engines import (
     ToolCall,
     ToolInput,
 )
-from selfhost_cli.proxy.engines.upstream import PATIENT, Upstream, number
+from selfhost_cli.proxy.engines.upstream import PATIENT, Upstream, number, refusal_body
 from selfhost_cli.proxy.errors import EngineBroke, EngineDown, EngineLoading, ProxyError, invalid, too_long
 
 KEEP: Json = {"truncate": False, "shift": False, "keep_alive": -1}
@@ -108,7 +108,7 @@ class OllamaEngine(Upstream):
         return None
 
     def forms(self, request: Request) -> bool:
-        return not request.tools  # its grammar would leave no room for a call
+        return not (request.tools or request.deferred)  # its grammar would leave no room for a call
 
     async def messages(self, request: Request) -> AsyncGenerator[AnswerEvent]:
         model = await self._current()
@@ -493,8 +493,8 @@ def _reason(end: Json) -> StopReason:
 
 async def _error(response: aiohttp.ClientResponse) -> object:
     try:
-        data = json.loads(await response.content.read(65536))
-    except (ValueError, aiohttp.ClientError, OSError):
+        data = json.loads(await refusal_body(response))
+    except ValueError:
         data = {}
     return data.get("error") if isinstance(data, dict) else None
 

@@ -32,6 +32,7 @@ from selfhost_cli.proxy.engines.upstream import (
     Refusal,
     Upstream,
     explained,
+    joined,
     number,
     refusal,
     template_arguments,
@@ -48,21 +49,33 @@ class Dialect:
 
     `template`: it renders one that takes arguments, and knows top_k; others may refuse fields that they do not know.
     `grammar`: one of the listed tools holds a call in form, so that none of another tool can be written.
-    `counter`: the path that counts a prompt, and the key of its answer. `resume`: what makes it continue a last message
-    that is the assistant's. `repeats`: such an answer begins with that message again.
+    `thoughts`: the field of the assistant's messages for what it thought, "" where there is no agreed one.
+    `counter`: the path that counts a prompt, and the key of its answer. `stopped`: what makes it tell which stop
+    sequence it met. `resume`: what makes it continue a last message that is the assistant's. `repeats`: such an answer
+    begins with that message again.
     """
 
     name: str
     template: bool = True
     grammar: bool = False
+    thoughts: str = ""
     counter: tuple[str, str] | None = None
+    stopped: Json = field(default_factory=dict)
     resume: Json = field(default_factory=dict)
     repeats: bool = False
 
 
 # an API that knows nothing of resuming may repeat the beginning or not
 PLAIN = Dialect("openai", template=False, repeats=True)
-LLAMACPP = Dialect("llamacpp", grammar=True, counter=(f"{CHAT}/input_tokens", "input_tokens"), repeats=True)
+LLAMACPP = Dialect(
+    "llamacpp",
+    grammar=True,
+    thoughts="reasoning_content",
+    counter=(f"{CHAT}/input_tokens", "input_tokens"),
+    # of all that it could tell; it comes with the last chunk alone
+    stopped={"verbose": True, "response_fields": ["stopping_word"]},
+    repeats=True,
+)
 RESUME = {"continue_final_message": True, "add_generation_prompt": False}
 VLLM = Dialect("vllm", counter=("/tokenize", "count"), resume=RESUME)
 SGLANG = Dialect("sglang", resume={"continue_final_message": True})
@@ -120,7 +133,8 @@ class OpenAIEngine(Upstream):
         return await self._number(path, self._body(request, dialect), key)
 
     def forms(self, request: Request) -> bool:
-        return not request.tools  # with tools, llama.cpp lets its grammar for calls go before the schema
+        # with tools, llama.cpp lets its grammar for calls go before the schema; deferred ones it would forbid
+        return not (request.tools or request.deferred)
 
     async def messages(self, request: Request) -> AsyncGenerator[AnswerEvent]:
         _, dialect = await self._known()
@@ -130,7 +144,7 @@ class OpenAIEngine(Upstream):
             reading = _Reading(request.sampling.get("stop_sequences", []))
             with self._blamed():
                 async for chunk in response.content.iter_any():
-                    for event in prefill.without(reading.feed(chunk)):
+                    for event in prefill.without(joined(reading.feed(chunk))):
                         yield event
                     if reading.over:
                         break
@@ -166,10 +180,13 @@ class OpenAIEngine(Upstream):
                 body = body | {"max_tokens": refused.limit - refused.prompt}
 
     def _body(self, request: Request, dialect: Dialect) -> Json:
-        body: Json = {"model": self._model, "messages": list(_conversation(request)), "max_tokens": request.max_tokens}
+        messages = list(_conversation(request, dialect))
+        body: Json = {"model": self._model, "messages": messages, "max_tokens": request.max_tokens}
         for ours, theirs in {"temperature": "temperature", "top_p": "top_p", "stop_sequences": "stop"}.items():
             if ours in request.sampling:
                 body[theirs] = request.sampling[ours]
+        if "stop" in body:
+            body |= dialect.stopped
         if request.tools:
             body["tools"] = [_tool(tool) for tool in request.tools]
             body["tool_choice"] = _choice(request, dialect)
@@ -219,15 +236,18 @@ def _choice(request: Request, dialect: Dialect) -> str | Json:
 # --- the conversation ---
 
 
-def _conversation(request: Request) -> Iterator[Json]:
+def _conversation(request: Request, dialect: Dialect) -> Iterator[Json]:
     if request.system:
         yield {"role": "system", "content": request.system}
     for message in request.messages:
-        yield from (_said if message["role"] == "assistant" else _given)(message["content"])
+        if message["role"] == "assistant":
+            yield _said(message["content"], dialect)
+        else:
+            yield from _given(message["content"])
 
 
-def _said(blocks: list[Json]) -> Iterator[Json]:
-    """Without its thoughts, for which this API has no agreed place. No null: some templates stumble over it."""
+def _said(blocks: list[Json], dialect: Dialect) -> Json:
+    """No null: some templates stumble over it."""
     calls = [
         {
             "id": block["id"],
@@ -238,7 +258,11 @@ def _said(blocks: list[Json]) -> Iterator[Json]:
         if block["type"] == "tool_use"
     ]
     text = "".join(block["text"] for block in blocks if block["type"] == "text")
-    yield {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+    said: Json = {"role": "assistant", "content": text}
+    thoughts = "".join(block["thinking"] for block in blocks if block["type"] == "thinking")
+    if thoughts and dialect.thoughts:
+        said[dialect.thoughts] = thoughts
+    return said | ({"tool_calls": calls} if calls else {})
 
 
 def _given(blocks: list[Json]) -> Iterator[Json]:
@@ -305,8 +329,9 @@ class _Reading:
             yield from self._delta(choice.get("delta") or {})
             if finish := choice.get("finish_reason"):
                 self._finish = str(finish)
-                # vLLM's and SGLang's; the number of a token, when it was the end of the turn
-                stopped_by = choice.get("stop_reason") or choice.get("matched_stop")
+                # vLLM's, SGLang's, llama.cpp's; the number of a token, when it was the end of the turn
+                verbose = chunk.get("__verbose") or {}
+                stopped_by = choice.get("stop_reason") or choice.get("matched_stop") or verbose.get("stopping_word")
                 self._stopped_by = stopped_by if stopped_by in self._stops else None
 
     def end(self) -> Iterator[AnswerEvent]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -25,6 +26,8 @@ EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "m
 PASSING = (408, 425, 429, 502, 503, 504, 529)
 LOADING = re.compile("loading model", re.IGNORECASE)
 """What llama.cpp's server says while it does."""
+REFUSAL_S = 10.0
+LONGEST_REFUSAL = 2**16
 # some echo the request in what they say of it, and no prompt may get into a log
 LONGEST_REASON = 500
 
@@ -54,16 +57,12 @@ class Upstream:
         self.name = name
         self._model = model
         self._base_url = base_url
-        # force_close: llama.cpp closes the socket after a stream although it promised to keep it alive, so that every
-        # second request on a pooled connection fails (b11549)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            read_bufsize=READ_AHEAD,
-            headers={"authorization": f"Bearer {key}"} if key else None,
-        )
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._kept, self._fresh = _session(headers), _session(headers, force_close=True)
 
     async def close(self) -> None:
-        await self._session.close()
+        await self._kept.close()
+        await self._fresh.close()
 
     async def _refused(self, response: aiohttp.ClientResponse) -> ProxyError:
         """What a status that is not 200 means."""
@@ -100,14 +99,16 @@ class Upstream:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """GET, or POST when there is a body."""
         data = None if body is None else encode(body)
+        url = self._base_url() + path
         try:
-            response = await self._session.request(
-                "GET" if data is None else "POST",
-                self._base_url() + path,
-                data=upload(data),
-                headers={"content-type": "application/json"},
-                timeout=timeout,
-            )
+            try:
+                response = await _sent(self._kept, url, data, timeout)
+            except aiohttp.ClientConnectorError:
+                raise
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                # llama.cpp closes the connection after a stream although it promised to keep it (b11549); it has seen
+                # nothing of what was sent behind that
+                response = await _sent(self._fresh, url, data, timeout)
         except (aiohttp.ClientError, OSError) as error:
             raise self._down(error) from error
         try:
@@ -128,6 +129,23 @@ class Upstream:
 
     def _down(self, error: Exception) -> EngineDown:
         return EngineDown(f"{self.name} does not answer: {error or type(error).__name__}")
+
+
+def _session(headers: Mapping[str, str], *, force_close: bool = False) -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(limit=0, force_close=force_close)
+    return aiohttp.ClientSession(connector=connector, read_bufsize=READ_AHEAD, headers=headers)
+
+
+async def _sent(
+    session: aiohttp.ClientSession, url: str, data: bytes | None, timeout: aiohttp.ClientTimeout
+) -> aiohttp.ClientResponse:
+    return await session.request(
+        "GET" if data is None else "POST",
+        url,
+        data=upload(data),
+        headers={"content-type": "application/json"},
+        timeout=timeout,
+    )
 
 
 @dataclass(frozen=True)
@@ -174,16 +192,23 @@ class Refusal:
 
 async def refusal(response: aiohttp.ClientResponse) -> Refusal:
     """What a status that is not 200 says."""
-    try:
-        raw = await response.content.read(65536)
-    except (aiohttp.ClientError, OSError):
-        raw = b""
+    raw = await refusal_body(response)
     try:
         data = decode(raw)
     except ValueError:
         data = raw.decode("utf-8", "replace").strip()
     retry_after = response.headers.get("retry-after", "")
     return explained(response.status, data, int(retry_after) if retry_after.isdecimal() else None)
+
+
+async def refusal_body(response: aiohttp.ClientResponse) -> bytes:
+    """In however many pieces it comes; what there is of it when it breaks off, stalls, or goes on and on."""
+    raw = b""
+    with suppress(aiohttp.ClientError, OSError):
+        async with asyncio.timeout(REFUSAL_S):
+            while len(raw) < LONGEST_REFUSAL and (piece := await response.content.readany()):
+                raw += piece
+    return raw
 
 
 def explained(status: int, data: Any, retry_after: int | None = None) -> Refusal:
@@ -217,6 +242,26 @@ def number(data: Json, key: str) -> int:
 
 def _first(patterns: list[re.Pattern[str]], text: str) -> int:
     return next((int(match[1]) for pattern in patterns if (match := pattern.search(text))), 0)
+
+
+def joined(events: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
+    """Text that came in one go, in one piece: every piece costs us and the client as much as all of it."""
+    said = ""
+    try:
+        for event in events:
+            if isinstance(event, Text):
+                said += event.text
+                continue
+            if said:
+                yield Text(said)
+                said = ""
+            yield event
+    except Exception:
+        if said:
+            yield Text(said)
+        raise
+    if said:
+        yield Text(said)
 
 
 class Prefill:
