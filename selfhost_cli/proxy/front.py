@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -22,6 +23,8 @@ from selfhost_cli.proxy.web import PUBLIC, application, read_body, request_class
 
 PROVE = "/selfhost/prove"
 RETRY_AFTER = 5
+BACK_S, SETTLED_S, LOOK_S = 15.0, 2.0, 0.1
+"""How long a request that had come to nothing waits for a new connection to the box, unless the old one stays."""
 PATIENT = aiohttp.ClientTimeout(total=None, connect=10)
 QUICK = aiohttp.ClientTimeout(total=10)
 MAX_JSON = 4 * 2**20
@@ -164,28 +167,60 @@ class _Front:
         if isinstance(target, Away):
             trace().outcome = "away"
             raise overloaded(f"the box is {target.state}: {target.reason}", target.retry_after)
-        answer = await self._ask(http, body, target)
+        answer, target = await self._ask(http, body, target)
         metered = http.method == hdrs.METH_POST and http.path == "/v1/messages"
         trace().cls = request_class(http) if metered else "other"
         meter = _Meter(streaming=answer.content_type == "text/event-stream") if metered else None
+        relayed = _Relayed(http, meter)
         try:
-            return await _Relayed(http, answer, meter).run()
+            broken = await relayed.run(answer)
+            if broken and (back := await self._back(target)):
+                answer.close()
+                target = back
+                try:
+                    answer = await _send(self._fresh, http, body, target)
+                    broken = await relayed.run(answer)
+                except (aiohttp.ClientError, OSError) as error:
+                    broken = _reason(error)
+            if broken:
+                await relayed.fail(broken)
+            return relayed.response
         finally:
             # not release(): what the client no longer reads must stop being generated
             answer.close()
             self._account(meter, target, http)
 
-    async def _ask(self, http: web.Request, body: bytes, target: Upstream) -> aiohttp.ClientResponse:
+    async def _ask(self, http: web.Request, body: bytes, target: Upstream) -> tuple[aiohttp.ClientResponse, Upstream]:
         """The answer's head. Nothing was produced for the client before it, so one more try does no harm."""
         try:
             try:
-                return await _send(self._kept, http, body, target)
+                return await _send(self._kept, http, body, target), target
             except (aiohttp.ClientConnectionError, OSError):
-                return await _send(self._fresh, http, body, target)
+                pass  # kept for too long, perhaps
+            try:
+                return await _send(self._fresh, http, body, target), target
+            except (aiohttp.ClientConnectionError, OSError):
+                back = await self._back(target)
+                if not back:
+                    raise
+                return await _send(self._fresh, http, body, back), back
         except (aiohttp.ClientError, OSError) as error:
             trace().outcome = "unreachable"
             message = f"the box of {target.rental} is connected but does not answer: {_reason(error)}"
             raise overloaded(message, RETRY_AFTER) from error
+
+    async def _back(self, broken: Upstream) -> Upstream | None:
+        """The next connection after one that broke; None when it does not come in time, or the old one was kept."""
+        began = asyncio.get_running_loop().time()
+        while (waited := asyncio.get_running_loop().time() - began) < BACK_S:
+            target = self._upstream()
+            if isinstance(target, Upstream):
+                if target.url != broken.url:
+                    return target
+                if waited > SETTLED_S:
+                    return None
+            await asyncio.sleep(LOOK_S)
+        return None
 
     def _account(self, meter: _Meter | None, target: Upstream, http: web.Request) -> None:
         usage = meter.usage() if meter else None
@@ -199,34 +234,49 @@ class _Front:
 
 
 class _Relayed:
-    """One answer on its way from the box to the client, as it comes."""
+    """One answer on its way from the box to the client, as it comes; a second one where the first came to nothing."""
 
-    def __init__(self, http: web.Request, answer: aiohttp.ClientResponse, meter: _Meter | None) -> None:
+    def __init__(self, http: web.Request, meter: _Meter | None) -> None:
         self._http = http
-        self._answer = answer
         self._meter = meter
+        self.response = web.StreamResponse()
 
-    async def run(self) -> web.StreamResponse:
-        kept = [(key, value) for key, value in self._answer.headers.items() if key.lower() not in NOT_RELAYED]
-        response = web.StreamResponse(status=self._answer.status, reason=self._answer.reason, headers=CIMultiDict(kept))
-        response.content_length = self._answer.content_length
-        await response.prepare(self._http)
-        chunks = aiter(self._answer.content.iter_any())
+    async def run(self, answer: aiohttp.ClientResponse) -> str:
+        """Why it broke off before anything but pings had come of it, else ""."""
+        if not self.response.prepared:
+            await self._begin(answer)
+        elif answer.status != 200:
+            return f"it answers {answer.status} now"
+        reason = await self._pass_on(answer)
+        if reason and self._meter and self._meter.streaming and not self._meter.started:
+            self._meter.forget()
+            return reason
+        if reason:
+            await self.fail(reason)
+        return ""
+
+    async def _begin(self, answer: aiohttp.ClientResponse) -> None:
+        kept = [(key, value) for key, value in answer.headers.items() if key.lower() not in NOT_RELAYED]
+        self.response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=CIMultiDict(kept))
+        self.response.content_length = answer.content_length
+        await self.response.prepare(self._http)
+
+    async def _pass_on(self, answer: aiohttp.ClientResponse) -> str:
+        """Why it broke off, "" when it is whole."""
+        chunks = aiter(answer.content.iter_any())
         while True:
             try:
                 chunk = await anext(chunks)
             except StopAsyncIteration:
-                if self._meter and self._meter.unfinished:
-                    await self._broken(response, "the stream ended in the middle of the answer")
-                return response
+                unfinished = self._meter and self._meter.unfinished
+                return "the stream ended in the middle of the answer" if unfinished else ""
             except (aiohttp.ClientError, OSError) as error:
-                await self._broken(response, _reason(error))
-                return response
+                return _reason(error)
             trace().mark("first")
             if whole := self._meter.read(chunk) if self._meter else chunk:
-                await response.write(whole)
+                await self.response.write(whole)
 
-    async def _broken(self, response: web.StreamResponse, reason: str) -> None:
+    async def fail(self, reason: str) -> None:
         """Never a clean end on a broken answer: an error event where there are events, else a torn connection."""
         trace().outcome = "broken"
         if not (self._meter and self._meter.streaming):
@@ -235,7 +285,7 @@ class _Relayed:
             return
         kind = API_ERROR if self._meter.started else OVERLOADED
         event = error_object(kind, f"the connection to the box broke: {reason}", trace().id)
-        await response.write(sse.encode(event))
+        await self.response.write(sse.encode(event))
 
 
 _TELLING = re.compile(rb"^event: ?(message_|error)", re.MULTILINE)
@@ -280,6 +330,10 @@ class _Meter:
                     self._usage = _usage(event.data)
                 case "message_stop" | "error":
                     self._ended = True
+
+    def forget(self) -> None:
+        """Another answer comes in the place of one of which nothing had come."""
+        self._held = b""
 
     def usage(self) -> Json:
         return self._usage if self.streaming else _usage(bytes(self._json))

@@ -7,7 +7,7 @@ import gzip
 import hashlib
 import hmac
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,10 +102,10 @@ async def refuse(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def fronted(target: Upstream | Away) -> AsyncIterator[Front]:
+async def fronted(target: Upstream | Away | Callable[[], Upstream | Away]) -> AsyncIterator[Front]:
     usage: list[Usage] = []
     controls = {"double": double, "refuse": refuse}
-    app = build_front(FRONT, lambda: target, lambda: {"pid": 7}, usage.append, controls)
+    app = build_front(FRONT, target if callable(target) else lambda: target, lambda: {"pid": 7}, usage.append, controls)
     async with serving(app) as url, aiohttp.ClientSession() as session:
         yield Front(url, session, usage)
 
@@ -327,6 +327,59 @@ async def test_a_stream_that_breaks_before_its_start_is_worth_another_try() -> N
         events = await front.stream()
     assert types(events) == ["ping", "error"]
     assert events[-1]["error"]["type"] == "overloaded_error"
+
+
+@asynccontextmanager
+async def reconnecting(first: Box, second: Box) -> AsyncIterator[Front]:
+    """Who asks for the way gets the first box, then hears a few times that it is away, and then gets the second."""
+
+    async with serving(first.application()) as one, serving(second.application()) as other:
+        ways: list[Upstream | Away] = [Upstream(one, "t", "rental-1")]
+        ways += [Away("reconnecting", "the connection is lost")] * 3
+        later = Upstream(other, "t", "rental-1")
+        async with fronted(lambda: ways.pop(0) if ways else later) as front:
+            yield front
+
+
+@asynchronous
+async def test_a_stream_that_came_to_nothing_is_asked_for_once_more_on_the_next_connection() -> None:
+    first, second = Box(answer=playing(sse.PING, b"event: mess", "die")), Box(answer=playing(*HELLO))
+    async with reconnecting(first, second) as front:
+        events = await front.stream()
+    assert types(events)[0] == "ping"
+    assert "error" not in types(events)
+    assert texts(events) == "Hello there"
+    assert types(events)[-1] == "message_stop"
+    assert [json.loads(box.seen[0][3]) for box in (first, second)] == [STREAM, STREAM]
+    assert (len(first.seen), len(second.seen)) == (1, 1)
+    assert [usage.output_tokens for usage in front.usage] == [7]
+
+
+@asynchronous
+async def test_a_request_without_an_answer_is_sent_once_more_on_the_next_connection() -> None:
+    first, second = Box(drop=2), Box()
+    async with reconnecting(first, second) as front, front.ask("/v1/messages", body=HI) as response:
+        assert response.status == 200
+    assert len(second.seen) == 1
+
+
+@asynchronous
+async def test_a_stream_that_comes_to_nothing_twice_ends_in_an_error_event() -> None:
+    first, second = Box(answer=playing(sse.PING, "die")), Box(answer=playing(sse.PING, "die"))
+    async with reconnecting(first, second) as front:
+        events = await front.stream()
+    assert types(events) == ["ping", "ping", "error"]
+    assert events[-1]["error"]["type"] == "overloaded_error"
+
+
+@asynchronous
+async def test_what_had_begun_is_never_asked_for_again() -> None:
+    first, second = Box(answer=playing(started(), *text("Hel"), "die")), Box(answer=playing(*HELLO))
+    async with reconnecting(first, second) as front:
+        events = await front.stream()
+    assert texts(events) == "Hel"
+    assert types(events)[-1] == "error"
+    assert second.seen == []
 
 
 @asynchronous
