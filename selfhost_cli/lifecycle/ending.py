@@ -220,7 +220,7 @@ def prove(
             destroy(rental.instance_id)
 
     def strangers() -> tuple[Instance, ...]:
-        return tuple(box for box in listed.values() if box.label not in known)
+        return tuple(box for box in listed.values() if box.label not in known and box.id not in numbers)
 
     try:
         until(
