@@ -120,11 +120,40 @@ def test_a_killed_part_of_the_box_comes_back(ready: Stage, part: str) -> None:
     assert (run / f"{part}.port").read_text() == port
 
 
-def test_a_box_whose_sshd_lost_our_session_is_reached_again(ready: Stage) -> None:
+def cut(ready: Stage) -> None:
+    """Every ssh session of the box is gone at once."""
     sshd = int((ready.box() / "run" / "sshd.pid").read_text())
     for session in Path(f"/proc/{sshd}/task/{sshd}/children").read_text().split():
         os.kill(int(session), signal.SIGKILL)
+
+
+def test_a_box_whose_sshd_lost_our_session_is_reached_again(ready: Stage) -> None:
+    cut(ready)
     until(lambda: reached(ready), 30)
+
+
+def test_a_session_of_claude_goes_on_through_a_cut_between_two_turns(ready: Stage, tmp_path: Path) -> None:
+    ready.ask("claude", "-p", "Remember the word walnut.", "--tools", "", *SHORT, cwd=tmp_path)
+    cut(ready)
+    answer = ready.ask("claude", "-p", "-c", "Say the word again.", "--tools", "", *SHORT, cwd=tmp_path)
+    assert answer.out.strip()
+
+
+@pytest.mark.long
+def test_a_session_of_claude_goes_on_through_a_cut_in_the_middle_of_an_answer(ready: Stage, tmp_path: Path) -> None:
+    words = ["--output-format", "stream-json", "--verbose", "--include-partial-messages", "--tools", "", *SHORT]
+    process = ready.spawn("claude", "-p", "Count from 1 to 30 in words.", *words, cwd=tmp_path)
+    assert process.stdout
+    for line in process.stdout:
+        if json.loads(line).get("event", {}).get("type") == "content_block_delta":
+            break
+    cut(ready)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["type"] == "result"
+    assert not result["is_error"], result
+    assert result["result"].strip()
 
 
 def test_what_holds_secrets_is_the_owners_alone(ready: Stage) -> None:
