@@ -18,15 +18,16 @@ from aiohttp import web
 
 from selfhost_cli import __version__, attach, config, countdown, invoice
 from selfhost_cli.config import Settings
-from selfhost_cli.errors import SelfhostError
+from selfhost_cli.errors import SelfhostError, plain
 from selfhost_cli.keeper import wiring
 from selfhost_cli.keeper.deadlines import LAST_TRIES_S, Deadlines, Watch, Work, outlived
-from selfhost_cli.keeper.links import Line, Link
+from selfhost_cli.keeper.links import Line, Link, LinkState
 from selfhost_cli.keeper.notice import Notice
 from selfhost_cli.ledger import Ledger, Usage
 from selfhost_cli.lock import ProcessLock
 from selfhost_cli.model import Endpoint, Event, Rental, State
 from selfhost_cli.proxy import front
+from selfhost_cli.proxy.web import runner as hosted
 
 TICK_S = 1.0
 IDLE_EXIT_S = 3.0
@@ -37,7 +38,9 @@ log = logging.getLogger("selfhost.keeper")
 
 def run(profile: str) -> None:
     """Run the keeper of a profile until nothing needs it. Returns at once when there is one already."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Plain("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # its own account of what links already tell
     try:
         settings = config.load(profile)
@@ -51,6 +54,13 @@ def run(profile: str) -> None:
         sys.exit(error.exit_code)
 
 
+class Plain(logging.Formatter):
+    """The log is read on a terminal, and tells what boxes and the market said."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
 class _Keeper:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -58,6 +68,7 @@ class _Keeper:
         self._up = ProcessLock(settings.paths.up_lock)
         self._links: dict[str, Link] = {}
         self._rentals: list[Rental] = []
+        self._told: dict[str, LinkState] = {}
         self._deadlines = Deadlines(settings)
         self._warnings = countdown.Warnings()
         self._notice = Notice(settings.paths, settings.profile)
@@ -71,7 +82,7 @@ class _Keeper:
         for sign in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sign, self._stop.set)
         self._read()
-        runner = web.AppRunner(self._front(), access_log=None, handler_cancellation=True)
+        runner = hosted(self._front())
         await runner.setup()
         listener = _listen(_candidates(self._settings))
         await web.SockSite(runner, listener).start()
@@ -107,6 +118,7 @@ class _Keeper:
             self._read()
             self._note_traffic()
             self._relink()
+            self._note_links()
             self._end_what_nobody_uses()
             self._warn()
         except SelfhostError as error:
@@ -123,16 +135,31 @@ class _Keeper:
         self._rentals = self._ledger.live()
 
     def _relink(self) -> None:
-        """One link per rental that ssh reaches, none for those that are to end, a new one once the proxy has a port."""
+        """One link per rental that ssh reaches, none for those that are to end, a new one once what it needs is new."""
         wanted = {rental.label: rental for rental in self._rentals if self._is_worth_a_link(rental)}
         for label, link in list(self._links.items()):
             rental = wanted.get(label)
-            if rental is None or rental.proxy_port != link.rental.proxy_port or not link.is_alive():
-                self._links.pop(label).stop()
+            if rental is None or _way(rental) != _way(link.rental) or not link.is_alive():
+                over = LinkState.REPLACED if rental is None and wanted else LinkState.STOPPED
+                self._links.pop(label).stop(over)
+                self._tell(label, over)
         for label, rental in wanted.items():
             if label not in self._links:
                 self._links[label] = Link(rental, self._open_line, self._endpoints)
                 self._links[label].start()
+
+    def _note_links(self) -> None:
+        """Each link's states, in the ledger."""
+        for label, link in self._links.items():
+            self._tell(label, link.state, link.reason)
+
+    def _tell(self, label: str, state: LinkState, reason: str = "") -> None:
+        if self._told.get(label) is not state:
+            self._told[label] = state
+            try:
+                self._ledger.tell(label, "link", f"{state} {reason}".rstrip())
+            except SelfhostError as error:  # what is only told must not keep anybody from looking after boxes
+                log.error("%s", error.message)
 
     def _is_worth_a_link(self, rental: Rental) -> bool:
         """A link renews the lease: a box that is to end must not live on it, should we fail to end it."""
@@ -140,8 +167,8 @@ class _Keeper:
             rental.state is State.INSTALLING and not self._deadlines.orphaned(rental)
         )
 
-    def _open_line(self, rental: Rental, endpoint: Endpoint) -> Line:
-        return wiring.open_line(self._settings, rental, endpoint)
+    def _open_line(self, rental: Rental, endpoint: Endpoint, sock: socket.socket) -> Line:
+        return wiring.open_line(self._settings, rental, endpoint, sock)
 
     def _endpoints(self, rental: Rental) -> Sequence[Endpoint] | None:
         """Where the market says the box is now, None when it says that there is none; called from a link's thread."""
@@ -218,7 +245,7 @@ class _Keeper:
         rental = self._rentals[-1]
         link = self._links.get(rental.label)
         state, reason = (link.state, link.reason) if link else (str(rental.state), "the box is not ready yet")
-        return front.Away(state, reason, 5)
+        return front.Away(state, reason, 5 if rental.state is State.READY else 60)
 
     def _on_usage(self, usage: front.Usage) -> None:
         try:
@@ -259,6 +286,11 @@ class _Keeper:
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump({"pid": os.getpid(), "port": port, "version": __version__}, file)
         draft.replace(path)
+
+
+def _way(rental: Rental) -> tuple[object, ...]:
+    """What a link goes by as long as it lasts. One that outlived its host key would accept that one for ever."""
+    return rental.proxy_port, rental.host_keys
 
 
 def _log_event(event: Event) -> None:

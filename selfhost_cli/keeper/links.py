@@ -3,23 +3,59 @@
 from __future__ import annotations
 
 import logging
+import random
+import socket
 import threading
-import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from typing import Protocol
 
 from selfhost_cli import countdown, install
 from selfhost_cli.errors import SelfhostError
-from selfhost_cli.model import Endpoint, Rental
+from selfhost_cli.model import Endpoint, Heard, Rental
 from selfhost_cli.remote import ConnectionLost, Result
+from selfhost_cli.remote.knock import Knocks
+from selfhost_cli.wait import SYSTEM, Clock
 
-RENEW_EVERY_S = 5.0
+RENEW_EVERY_S = 3.0
 ANSWER_S = 5.0
-BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-REFRESH_AFTER = 3
-"""Failed attempts before the market is asked whether the box has moved."""
+"""A peer that froze is noticed after RENEW_EVERY_S + ANSWER_S at the latest."""
+SIGN_OF_LIFE_S = 2.0
+LOOK_S = 0.25
+KNOCK_EVERY_S = 2.0
+NEXT_DOOR_S = 0.5
+"""The market's relay is tried so long after the direct way: direct is faster."""
+KEEN_S = 600.0
+"""So long after a loss somebody is probably waiting for it to end."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
+REASON = 200
+"""Characters of what a stranger's machine said, at most."""
+ASK_AFTER_S = 3.0
+"""So long after a loss the market is asked whether the box has moved."""
 
 log = logging.getLogger("selfhost.keeper")
+
+
+class LinkState(StrEnum):
+    """What is the matter with a link. Only UP and DEGRADED carry requests: `Link.port` is None in all others."""
+
+    WAITING = "waiting for box"
+    """Nobody knows where it is yet, or there is nothing on it to forward to: it is being installed."""
+    CONNECTING = "connecting"
+    """It was not reached yet since the keeper began."""
+    UP = "up"
+    """The box renewed its lease over it a few seconds ago."""
+    DEGRADED = "degraded"
+    """The box answers but does not renew its lease; it will end by itself when that lasts."""
+    RECONNECTING = "reconnecting"
+    """It was lost, and is knocked for every other second."""
+    REPLACED = "replaced"
+    """Another box takes the place of this one."""
+    GONE = "gone"
+    """The market does not know the box any more."""
+    STOPPED = "stopped"
+    """Nobody needs it any more."""
 
 
 class Line(Protocol):
@@ -30,7 +66,17 @@ class Line(Protocol):
         """The local end of the tunnel; None when nothing is forwarded."""
         ...
 
+    @property
+    def alive(self) -> bool:
+        """False once it is known to be broken; True does not prove that the box answers."""
+        ...
+
     def run(self, command: str, *, timeout: float) -> Result: ...
+
+    def answers(self, seconds: float) -> bool:
+        """Whether the box says anything at all in time; it is of no use any more when it does not."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -44,85 +90,218 @@ class Link(threading.Thread):
     def __init__(
         self,
         rental: Rental,
-        open_line: Callable[[Rental, Endpoint], Line],
-        endpoints: Callable[[Rental], Sequence[Endpoint]],
+        open_line: Callable[[Rental, Endpoint, socket.socket], Line],
+        endpoints: Callable[[Rental], Sequence[Endpoint] | None],
+        *,
+        on_change: Callable[[Rental, LinkState, str], None] = lambda rental, state, reason: None,
+        clock: Clock = SYSTEM,
     ) -> None:
+        """`open_line` logs in over a connection on which sshd has spoken; it raises SelfhostError.
+
+        `endpoints` asks the market where the box is now: none when that is unknown, None when there is no such box.
+        `on_change` is told each new state with its reason, in this thread.
+        """
         super().__init__(name=f"link-{rental.instance_id}", daemon=True)
         self.rental = rental
-        self.state = "connecting"
+        self.state = LinkState.CONNECTING
         self.reason = ""
         self.port: int | None = None
-        self.down_since: float | None = time.monotonic()
+        self.down_since: float | None = clock.monotonic()
         self.heard: countdown.Measured | None = None
         """What the box's watchdog measured when the lease was last renewed."""
+        self.last: Heard | None = None
+        """The last of it that made sense, and when: for the bill."""
         self._open_line = open_line
-        self._endpoints = endpoints
+        self._on_change = on_change
+        self._clock = clock
+        self._told: set[str] = set()
         self._stopping = threading.Event()
-        self._failures = 0
+        self._end = LinkState.STOPPED
+        self._away = LinkState.CONNECTING
         self._candidates: Sequence[Endpoint] = (rental.endpoint,) if rental.endpoint else ()
+        """Where the box may be: what worked last comes first, else direct before the market's relay."""
+        self._logins: defaultdict[Endpoint, _Backoff] = defaultdict(_Backoff)
+        self._market = _Market(rental, endpoints)
 
     def run(self) -> None:
         while not self._stopping.is_set():
             try:
-                self._round()
+                if line := self._open():
+                    self._hold(line)
             except Exception:
                 # A bug of ours must not end the lease: it is told, and tried again.
                 log.exception("box %s", self.rental.instance_id)
-                self._set("reconnecting", "internal error, see the keeper's log", None)
-                self._stopping.wait(BACKOFF_S[-1])
-        self._set("stopped", "", None)
+                self._set_away("internal error, see the keeper's log")
+                self._stopping.wait(LONGEST_WAIT_S)
+        self._set(self._end, "", None)
 
-    def _round(self) -> None:
-        """Connect and hold for as long as it lasts, or fail once and wait."""
-        line = self._connect()
-        if line is None:
-            self._failures += 1
-            if self._failures % REFRESH_AFTER == 0 or not self._candidates:
-                self._candidates = self._endpoints(self.rental) or self._candidates
-            self._stopping.wait(BACKOFF_S[min(self._failures, len(BACKOFF_S)) - 1])
-            return
-        self._failures = 0
-        try:
-            self._hold(line)
-        finally:
-            self._set("reconnecting", self.reason, None)
-            line.close()
-
-    def stop(self) -> None:
-        """Ask the thread to end; the tunnel closes within the answer's deadline."""
+    def stop(self, state: LinkState = LinkState.STOPPED) -> None:
+        """Ask the thread to end, and say why; the tunnel closes within the answer's deadline."""
+        self._end = state
         self._stopping.set()
 
-    def _connect(self) -> Line | None:
-        for endpoint in self._candidates:
-            try:
-                return self._open_line(self.rental, endpoint)
-            except SelfhostError as error:
-                if error.message != self.reason:
-                    log.info("box %s: %s", self.rental.instance_id, error.message)
-                self._set(self.state, error.message, None)
+    def _open(self) -> Line | None:
+        """Knock wherever the box may be until a login works; None when we are to stop."""
+        began, rounds, knocks = self._clock.monotonic(), _Rounds(), Knocks()
+        try:
+            while not self._stopping.is_set():
+                now = self._clock.monotonic()
+                if not self._candidates or now - began > ASK_AFTER_S:
+                    self._market.ask(now)
+                    self._candidates = self._market.update(self._candidates)
+                self._set_away(self.reason)
+                admitted = [end for end in self._candidates if self._logins[end].due <= now]
+                for endpoint in rounds.due(now, admitted, keen=now - began < KEEN_S):
+                    knocks.at(endpoint)
+                answer = knocks.answer(LOOK_S)
+                if answer is None:
+                    continue
+                if answer.sock is None:
+                    self._set_away(answer.why)
+                elif line := self._log_in(answer.endpoint, answer.sock):
+                    return line
+        finally:
+            knocks.close()
         return None
+
+    def _log_in(self, endpoint: Endpoint, sock: socket.socket) -> Line | None:
+        login = self._logins[endpoint]
+        if login.due > self._clock.monotonic():  # a knock from before the last login failed
+            sock.close()
+            return None
+        try:
+            line = self._open_line(self.rental, endpoint, sock)
+        except SelfhostError as error:
+            self._set_away(error.message)
+            line = None
+        login.failed(self._clock.monotonic())  # until a lease was renewed over it
+        if line:
+            self._candidates = (endpoint, *(end for end in self._candidates if end != endpoint))
+        return line
 
     def _hold(self, line: Line) -> None:
         """Renew the lease until that fails or we are to stop."""
-        while not self._stopping.is_set():
-            try:
-                answer = line.run(install.RENEW_LEASE, timeout=ANSWER_S)
-            except ConnectionLost as error:
-                log.warning("box %s: %s", self.rental.instance_id, error.message)
-                self.reason = error.message
-                return
-            if answer.code != 0:
-                log.warning("box %s: the lease cannot be renewed: %s", self.rental.instance_id, answer.err.strip())
-            self.heard = countdown.parse(answer.out)
-            state = "up" if line.port else "installing"
-            if self.state != state:
-                log.info("box %s: %s, local port %s", self.rental.instance_id, state, line.port)
-            self._set(state, "", line.port)
-            self._stopping.wait(RENEW_EVERY_S)
+        try:
+            while not self._stopping.is_set() and self._renew(line):
+                due = self._clock.monotonic() + RENEW_EVERY_S
+                while line.alive and self._clock.monotonic() < due and not self._stopping.wait(LOOK_S):
+                    pass
+        finally:
+            self._away = LinkState.RECONNECTING
+            self._set_away(self.reason)
+            line.close()
 
-    def _set(self, state: str, reason: str, port: int | None) -> None:
-        if state in ("up", "installing"):
+    def _renew(self, line: Line) -> bool:
+        """False when the line is of no use any more."""
+        try:
+            answer = line.run(install.RENEW_LEASE, timeout=ANSWER_S)
+        except ConnectionLost as error:
+            self.reason = error.message
+            if not line.answers(SIGN_OF_LIFE_S):
+                return False
+            self._carry(line, f"the box is slow: {error.message}")
+            return True
+        self.heard = countdown.parse(answer.out)
+        if self.heard:
+            now, said = self._clock.time(), self.heard
+            self.last = Heard(now, said.up_s, said.idle_s, said.dollars, said.down_bytes, said.up_bytes)
+        self._carry(line, f"the box cannot renew its lease: {answer.err.strip()[:REASON]}" if answer.code else "")
+        return True
+
+    def _carry(self, line: Line, trouble: str) -> None:
+        self._logins.clear()
+        self._market.forget()
+        if not line.port:
+            self._set(LinkState.WAITING, trouble or "it is being installed", None)
+        else:
+            self._set(LinkState.DEGRADED if trouble else LinkState.UP, trouble, line.port)
+
+    def _set_away(self, reason: str) -> None:
+        if self._market.gone:
+            self._set(LinkState.GONE, "the market does not know it any more", None)
+        elif not self._candidates:
+            self._set(LinkState.WAITING, "the market shows no address of it yet", None)
+        else:
+            self._set(self._away, reason, None)
+
+    def _set(self, state: LinkState, reason: str, port: int | None) -> None:
+        reached = port is not None or (state is LinkState.WAITING and bool(self._candidates))
+        if reached:
             self.down_since = None
         elif self.down_since is None:
-            self.down_since = time.monotonic()
+            self.down_since = self._clock.monotonic()
+        changed = state is not self.state
         self.state, self.reason, self.port = state, reason, port
+        if changed:
+            self._told.clear()
+        if reason not in self._told or changed:
+            self._told.add(reason)
+            log.info("box %s: %s %s", self.rental.instance_id, state, reason)
+        if changed:
+            self._on_change(self.rental, state, reason)
+
+
+class _Backoff:
+    """When to do again what must not be hurried: each failure doubles the wait, and no two fall together for long."""
+
+    def __init__(self) -> None:
+        self.due = float("-inf")
+        self._wait = 0.0
+
+    def failed(self, now: float) -> None:
+        self._wait = min(LONGEST_WAIT_S, self._wait * 2 or FIRST_WAIT_S)
+        self.due = now + self._wait * random.uniform(0.5, 1.0)
+
+
+class _Rounds:
+    """When to knock where: at each door in turn, and again every KNOCK_EVERY_S, later less often."""
+
+    def __init__(self) -> None:
+        self._next = float("-inf")
+        self._later: list[tuple[float, Endpoint]] = []
+
+    def due(self, now: float, doors: Sequence[Endpoint], *, keen: bool) -> list[Endpoint]:
+        if now >= self._next and doors:
+            self._next = now + (KNOCK_EVERY_S if keen else LONGEST_WAIT_S * random.uniform(0.5, 1.0))
+            self._later = [(now + NEXT_DOOR_S * number, door) for number, door in enumerate(doors)]
+        due = [door for at, door in self._later if at <= now]
+        self._later = [(at, door) for at, door in self._later if at > now]
+        return due
+
+
+class _Market:
+    """Where the market says the box is; asked in a thread of its own, because its answer may take its time."""
+
+    def __init__(self, rental: Rental, endpoints: Callable[[Rental], Sequence[Endpoint] | None]) -> None:
+        self.gone = False
+        self._rental = rental
+        self._endpoints = endpoints
+        self._found: Sequence[Endpoint] = ()
+        self._again = _Backoff()
+        self._asking: threading.Thread | None = None
+
+    def ask(self, now: float) -> None:
+        """Ask unless it was asked just now."""
+        if now < self._again.due or (self._asking and self._asking.is_alive()):
+            return
+        self._again.failed(now)
+        self._asking = threading.Thread(target=self._ask, name=f"market-{self._rental.instance_id}", daemon=True)
+        self._asking.start()
+
+    def update(self, known: Sequence[Endpoint]) -> Sequence[Endpoint]:
+        """Where the box may be; what was known, in its order, when the market says the same."""
+        found, self._found = self._found, ()
+        return found if found and set(found) != set(known) else known
+
+    def forget(self) -> None:
+        """The box was reached: what comes next is another loss."""
+        self.gone, self._found, self._again = False, (), _Backoff()
+
+    def _ask(self) -> None:
+        try:
+            found = self._endpoints(self._rental)
+        except Exception:
+            log.exception("box %s: asking the market", self._rental.instance_id)
+            return
+        self.gone = found is None
+        self._found = found or ()

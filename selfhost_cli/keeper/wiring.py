@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 from selfhost_cli import lifecycle
 from selfhost_cli.config import Settings
@@ -14,12 +15,10 @@ from selfhost_cli.providers import Provider
 from selfhost_cli.remote import ssh, tunnel
 
 
-def open_line(settings: Settings, rental: Rental, endpoint: Endpoint) -> Line:
-    """Connect to a rental's box, and forward to its proxy once that has a port. Raises NotYet."""
-    login = settings.paths.login_key
-    if rental.proxy_port is None:
-        return ssh.connect(endpoint, rental.host_key, login)
-    return tunnel.Tunnel(endpoint, rental.host_key, login, rental.proxy_port)
+def open_line(settings: Settings, rental: Rental, endpoint: Endpoint, sock: socket.socket) -> Line:
+    """Log in to a rental's box, and forward to its proxy once that has a port. Raises NotYet and NotSetUp."""
+    remote = ssh.log_in(sock, endpoint, rental.host_keys, settings.paths.login_key)
+    return remote if rental.proxy_port is None else tunnel.Tunnel(remote, rental.proxy_port)
 
 
 def provider(settings: Settings) -> Provider:

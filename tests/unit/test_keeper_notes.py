@@ -1,4 +1,4 @@
-"""What the keeper notes in the ledger of what the boxes' watchdogs counted."""
+"""What the keeper notes in the ledger: what the boxes' watchdogs counted, how its links are."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 
 from selfhost_cli import config
 from selfhost_cli.keeper.daemon import _Keeper
+from selfhost_cli.keeper.links import LinkState
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.model import Heard, Rental, State
+from selfhost_cli.proxy.front import Away
 from tests.fakes.rental import make_rental
 from tests.waiting import until
 
@@ -84,3 +86,48 @@ def test_no_link_renews_the_lease_of_a_box_that_nobody_will_use(
     until(lambda: not late._is_worth_a_link(installing))
     assert late._is_worth_a_link(ready)
     assert keeper._is_worth_a_link(installing)
+
+
+@dataclass
+class Wire:
+    """Of a link what the keeper tells of."""
+
+    state: LinkState = LinkState.CONNECTING
+    reason: str = ""
+    port: int | None = None
+
+    def stop(self, state: LinkState) -> None:
+        self.state = state
+
+
+def told(ledger: Ledger) -> list[str]:
+    return [text for rental in ledger.all() for _, kind, text in ledger.events(rental.label) if kind == "link"]
+
+
+def test_each_state_of_a_link_is_in_the_ledger_once_with_its_reason(keeper: _Keeper, ledger: Ledger) -> None:
+    (rental,), wire = ledger.all(), Wire()
+    keeper._links = {rental.label: wire}  # type: ignore[dict-item]
+    for state, reason in (
+        (LinkState.CONNECTING, "refused"),
+        (LinkState.CONNECTING, "refused again"),
+        (LinkState.UP, ""),
+        (LinkState.RECONNECTING, "no answer for 8 s"),
+    ):
+        wire.state, wire.reason = state, reason
+        keeper._note_links()
+        keeper._note_links()
+    ledger.end(rental.label, "down")
+    keeper._read()
+    keeper._relink()
+    assert told(ledger) == ["connecting refused", "up", "reconnecting no answer for 8 s", "stopped"]
+    assert wire.state is LinkState.STOPPED
+
+
+def test_who_asks_while_a_box_is_got_ready_is_told_to_come_back_in_a_minute(keeper: _Keeper, ledger: Ledger) -> None:
+    (ready,) = ledger.all()
+    for state, seconds in ((State.READY, 5), (State.INSTALLING, 60), (State.CREATING, 60)):
+        keeper._rentals = [replace(ready, state=state)]
+        keeper._links = {ready.label: Wire(LinkState.RECONNECTING, "lost")}  # type: ignore[dict-item]
+        away = keeper._upstream()
+        assert isinstance(away, Away)
+        assert (away.state, away.retry_after) == ("reconnecting", seconds)
