@@ -31,11 +31,12 @@ RENEW_LEASE = (
     " sh bin/watchdog.sh </dev/null >>log/watchdog.log 2>&1 &"
 )
 LIMITS = "sh ~/.selfhost/bin/limits.sh"
+HOST_KEY = "sh ~/.selfhost/bin/hostkey.sh"
 ARMED = "cat ~/.selfhost/run/armed 2>/dev/null || true"
 ARCHIVE = "cat ~/.selfhost/run/archive 2>/dev/null || true"
 
 ROOT = ".selfhost"
-SCRIPTS = ("install.sh", "start.sh", "stop.sh", "limits.sh", "llamacpp.py", "ollama.py")
+SCRIPTS = ("install.sh", "start.sh", "stop.sh", "limits.sh", "hostkey.sh", "llamacpp.py", "ollama.py")
 
 # install.sh says something every few seconds, even while pip or sha256sum are silent.
 SILENCE_S = 180.0
@@ -213,4 +214,5 @@ def _number(text: str) -> int | None:
 
 
 def _tail(result: Result, lines: int = 20) -> str:
-    return "\n".join((result.err or result.out).strip().splitlines()[-lines:])
+    """Set in, so that no line of the box's can pass for one of ours."""
+    return "\n".join(f"    {line}" for line in (result.err or result.out).strip().splitlines()[-lines:])

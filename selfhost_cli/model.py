@@ -70,6 +70,8 @@ class BoxState(StrEnum):
     PENDING = "pending"
     RUNNING = "running"
     FAILED = "failed"
+    IMAGELESS = "imageless"
+    """The image cannot be had, there or anywhere."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,15 @@ class Rental:
     """The market's figures for all of it, once it had them."""
     estimated: float | None = None
     """What we had estimated, in dollars, when they came."""
+    bootstrap: bool = True
+    """`host_key` still is the one that travelled in onstart, where the market can read it."""
+    next_host_key: str = ""
+    """The one that the box made itself, while it takes the place of `host_key`."""
+
+    @property
+    def host_keys(self) -> tuple[str, ...]:
+        """Public key lines: the box may show one of these, and nothing else."""
+        return (self.host_key, self.next_host_key) if self.next_host_key else (self.host_key,)
 
     def __str__(self) -> str:
         box = f"box {self.instance_id}" if self.instance_id else f"box labelled {self.label}"

@@ -217,6 +217,25 @@ def extend(
 
 
 @app.command()
+def ssh(
+    ctx: typer.Context,
+    command: Annotated[list[str] | None, typer.Argument(help="Behind --: what to run there.")] = None,
+    fragment: Annotated[
+        bool, typer.Option("--config", help="Print an ssh_config for editors instead: Host selfhost.")
+    ] = False,
+) -> None:
+    """Log in to the box with the system's OpenSSH and the host key that the ledger has, or run a command there."""
+    from selfhost_cli.cli import ssh as logging_in
+
+    if fragment and command:
+        raise UsageError("--config goes without a command")
+    if fragment:
+        print(logging_in.fragment(_settings(ctx)))
+    else:
+        logging_in.run(_settings(ctx), command or [])
+
+
+@app.command()
 def env(ctx: typer.Context, json: Json = False) -> None:
     """The environment that `selfhost claude` sets, as shell lines: for other clients of the same box."""
     from selfhost_cli.cli import launch, render

@@ -61,7 +61,7 @@ class Wish:
 class Reach:
     """How to get to a box. `endpoints` asks the market, for one that has moved."""
 
-    connect: Callable[[Endpoint, str, Path], Remote]
+    connect: Callable[[Endpoint, Sequence[str], Path], Remote]
     login_key: Path
     endpoints: Callable[[Rental], Sequence[Endpoint]]
 
@@ -144,7 +144,7 @@ def _connect(rental: Rental, reach: Reach) -> Remote:
     try:
         for endpoint in _endpoints(rental, reach):
             try:
-                return reach.connect(endpoint, rental.host_key, reach.login_key)
+                return reach.connect(endpoint, rental.host_keys, reach.login_key)
             except NotYet as error:
                 reasons.append(error.message)
     except SelfhostError as error:  # our login key, or the market

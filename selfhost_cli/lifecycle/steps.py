@@ -16,6 +16,7 @@ from selfhost_cli.errors import (
     NotServable,
     SelfhostError,
 )
+from selfhost_cli.lifecycle.identity import replace_bootstrap
 from selfhost_cli.lifecycle.renting import ceiling, login_key
 from selfhost_cli.lifecycle.stages import Stages
 from selfhost_cli.lifecycle.world import SIMULATED, World
@@ -145,6 +146,9 @@ def _look_up(world: World, rental: Rental) -> Instance | None:
     if box is None:
         return None
     said = f"{box.status} {box.message}".rstrip()
+    if box.state is BoxState.IMAGELESS:
+        why = f"box {box.id} cannot have the image {world.settings.image}: {said}"
+        raise NotServable(why, "Set `image` to one that can be pulled.")
     if box.state is BoxState.FAILED:
         raise BoxFailed(f"box {box.id} will not start: {said}", "Run `selfhost up` again.")
     world.report(Event("boot", "progress", said))
@@ -158,14 +162,14 @@ def _knock(
     reasons = []
     for endpoint in endpoints:
         try:
-            return (endpoint, world.connect(endpoint, rental.host_key, login)), ""
+            return (endpoint, world.connect(endpoint, rental.host_keys, login)), ""
         except NotYet as error:
             reasons.append(error.message)
     return None, "; ".join(reasons)
 
 
 def _install(world: World, rental: Rental) -> Rental:
-    """INSTALLING: watchdog armed, engine and proxy up, one real token through the tunnel."""
+    """INSTALLING: a host key of its own, watchdog armed, engine and proxy up, one real token through the tunnel."""
     stages = Stages(world.settings, world.clock)
     spec = _install_spec(world, rental)
 
@@ -176,6 +180,8 @@ def _install(world: World, rental: Rental) -> Rental:
     for left in reversed(range(LOSSES + 1)):
         rental, remote = _reach(world, rental, stages)
         try:
+            if rental.bootstrap:
+                rental, remote = replace_bootstrap(world, rental, remote)
             guarded = _check_armed(world, remote)
             installed = install.apply(remote, spec, observe)
             break
@@ -194,6 +200,7 @@ def _install(world: World, rental: Rental) -> Rental:
 def _reach(world: World, rental: Rental, stages: Stages) -> tuple[Rental, Remote]:
     """A connection to a box that had let us in: where it was then, or where the market says that it is now."""
     login, _ = login_key(world)
+    rental = world.ledger.note(rental)  # what was noted before the connection broke: the host keys
     assert rental.endpoint is not None
     endpoints: tuple[Endpoint, ...] = (rental.endpoint,)
 

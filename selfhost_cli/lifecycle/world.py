@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -60,7 +60,8 @@ class World(Books):
     """What it takes to bring one up, too."""
 
     keeper: Keeper
-    connect: Callable[[Endpoint, str, Path], Remote]
+    connect: Callable[[Endpoint, Sequence[str], Path], Remote]
+    """Where, the host keys that may be shown there, our login key."""
     make_key: Callable[[str], tuple[str, str]]
     public_half: Callable[[Path], str]
     """Of a private key file, as in a public key line. Raises NotSetUp for one that is damaged."""

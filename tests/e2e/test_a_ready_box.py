@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tests.waiting import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("ready")]
 
+PAGE = Path(__file__).parents[2] / "docs" / "ssh.md"
 SHORT = ["--system-prompt", demo.SYSTEM_PROMPT]
 
 
@@ -193,6 +196,32 @@ def on_a_terminal(stage: Stage, *words: str, answers: bytes = b"") -> tuple[int,
         shown += data
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode(errors="replace")
+
+
+def test_ssh_on_a_terminal_is_a_shell_in_the_box(ready: Stage) -> None:
+    code, shown = on_a_terminal(ready, "ssh", answers=b"pwd -P\nexit 7\n")
+    assert code == 7, shown
+    assert str((ready.box() / "root").resolve()) in shown
+
+
+def test_the_page_about_ssh_can_be_typed_line_by_line(ready: Stage, tmp_path: Path) -> None:
+    (tmp_path / "selfhost").write_text(f'#!/bin/sh\nexec {sys.executable} -m selfhost_cli --profile demo "$@"\n')
+    (tmp_path / "selfhost").chmod(0o755)
+    (block,) = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    done = subprocess.run(
+        # The host is named after the profile.
+        ["sh", "-exc", re.sub(r"^(ssh|scp) (.*) selfhost\b", r"\1 \2 selfhost-demo", block, flags=re.MULTILINE)],
+        env=ready.env | {"PATH": f"{tmp_path}:{ready.env['PATH']}"},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "load average" in done.stdout
+    assert (tmp_path / "proxy.log").read_bytes() == (ready.box() / "root/.selfhost/log/proxy.log").read_bytes()
 
 
 def test_up_on_a_terminal_becomes_claude_with_the_arguments_behind_the_dashes(ready: Stage) -> None:

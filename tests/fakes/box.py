@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,7 @@ from selfhost_cli import install
 from selfhost_cli.attach import Front
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.model import Endpoint
-from selfhost_cli.remote import ConnectionLost, NotYet, Remote, Result
+from selfhost_cli.remote import ConnectionLost, NotYet, OtherKey, Remote, Result
 
 
 @dataclass
@@ -31,29 +32,67 @@ class FakeBox:
     losses: int = 0
     """So often the connection breaks in the middle of the install."""
     connections: list[Endpoint] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
+    keys: list[tuple[str, ...]] = field(default_factory=list)
+    """The host keys that were accepted at each try to connect."""
+    shown: dict[Endpoint, str] = field(default_factory=dict)
+    """The host key of each sshd; in the beginning the one that onstart brought."""
+    follows: dict[Endpoint, str] = field(default_factory=dict)
+    """The one that the box made beside it."""
+    deaf: int = 0
+    """So often sshd does not hear that it has another host key."""
+    makes_keys: bool = True
     uploads: list[bytes] = field(default_factory=list)
     before: Callable[[str], None] = lambda verb: None
 
-    def connect(self, endpoint: Endpoint, host_key: str, login_key: Path) -> Remote:
+    def connect(self, endpoint: Endpoint, host_keys: Sequence[str], login_key: Path) -> Remote:
         self.before("connect")
-        self.keys.append(host_key)
+        assert not isinstance(host_keys, str)
+        self.keys.append(tuple(host_keys))
         if self.refusals:
             self.refusals -= 1
             raise NotYet(f"{endpoint}: connection refused")
+        if self.shown.setdefault(endpoint, bare(host_keys[0])) not in map(bare, host_keys):
+            raise OtherKey(f"{endpoint} shows another host key than this box has")
         self.connections.append(endpoint)
-        return _Connection(self)
+        return _Connection(self, endpoint)
+
+    def replace_key(self, endpoint: Endpoint, verb: str, key: str) -> Result:
+        """hostkey.sh."""
+        self.before(verb)
+        if not self.makes_keys:
+            return Result(1, "", "hostkey.sh: no host key can be made\n")
+        if verb == "make":
+            if self.shown[endpoint] != key:
+                return Result(0, f"{self.shown[endpoint]}\n", "")
+            made = f"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{secrets.token_hex(22)[:43]}"
+            return Result(0, self.follows.setdefault(endpoint, made) + "\n", "")
+        if self.follows.get(endpoint) != key and self.shown[endpoint] != key:
+            return Result(1, "", "hostkey.sh: the key that is to follow is another one\n")
+        if self.deaf:
+            self.deaf -= 1
+        else:
+            self.shown[endpoint] = key
+        return Result(0, "", "")
+
+
+def bare(key: str) -> str:
+    """Without its comment."""
+    return " ".join(key.split()[:2])
 
 
 class _Connection:
-    def __init__(self, box: FakeBox) -> None:
+    def __init__(self, box: FakeBox, endpoint: Endpoint) -> None:
         self._box = box
+        self._endpoint = endpoint
         self._open = True
 
     def run(self, command: str, *, timeout: float = 60.0, on_line: Callable[[str], None] | None = None) -> Result:
         if not self._open:
             raise ConnectionLost("closed")
         self._box.before("run")
+        if command.startswith(install.HOST_KEY):
+            verb, key = command.removeprefix(install.HOST_KEY).strip().split(" ", 1)
+            return self._box.replace_key(self._endpoint, verb, key.strip("'"))
         if command == install.ARMED:
             return Result(0, self._box.armed + "\n", "")
         if command == install.ARCHIVE:

@@ -12,7 +12,7 @@ from typing import Any
 from selfhost_cli import lifecycle
 from selfhost_cli.keeper.deadlines import Deadlines
 from selfhost_cli.ledger import Ledger
-from selfhost_cli.lifecycle import ending, renting, steps
+from selfhost_cli.lifecycle import ending, identity, renting, steps
 from tests.matrix.matrix import Group
 
 
@@ -145,6 +145,12 @@ RULES = {
         ((Deadlines._overdue, "return self._end_orphan", "return None"),),
         Group("up", "none", then=("keeper",)),
         "the keeper did not end what nobody uses",
+    ),
+    "the box shows a host key that the ledger does not have": Broken(
+        5,
+        ((identity.replace_bootstrap, "if new != rental.next_host_key:", "if False:"),),
+        Group("up", "none", then=("up",)),
+        "`up` did not resume the box that was paid for",
     ),
     "a box that cannot arm is used": Broken(
         6,

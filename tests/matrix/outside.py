@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import pickle
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -153,10 +153,10 @@ class Box(FakeBox):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, before=_nothing)
 
-    def connect(self, endpoint: Endpoint, host_key: str, login_key: Path) -> Remote:
+    def connect(self, endpoint: Endpoint, host_keys: Sequence[str], login_key: Path) -> Remote:
         if self.clock.time() < self.refusing_until:
             raise NotYet(f"{endpoint}: connection refused")
-        return super().connect(endpoint, host_key, login_key)
+        return super().connect(endpoint, host_keys, login_key)
 
 
 @dataclass

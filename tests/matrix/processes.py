@@ -301,13 +301,17 @@ class _Process:
         rows: list[Any] = []
         if paths.ledger.exists():
             with closing(Ledger(paths.ledger)) as ledger:
-                rows = [(rental.state, rental.instance_id, rental.sent_at, rental.endpoint) for rental in ledger.all()]
+                rows = [
+                    (rental.state, rental.instance_id, rental.sent_at, rental.endpoint, rental.host_keys)
+                    for rental in ledger.all()
+                ]
         files = sorted(str(path) for path in self._scene.folder.rglob("*") if "sqlite3-" not in path.name)
         files = [name for name in files if ".ledger.sqlite3." not in name]
         locks = [ProcessLock(path).holder() for path in (paths.up_lock, paths.down_lock)]
         counters = (market.gone, market.lost_with_effect, market.lost_without_effect, market.undead)
         counters += (market.failing_destroys, market.unknown_lists, market.refusing, len(market.made), box.refusals)
-        return repr((rows, files, locks, sorted(market.boxes), sorted(market.ghosts), counters))
+        counters += (sorted(box.shown.items()), sorted(box.follows.items()))
+        return hash(repr((rows, files, locks, sorted(market.boxes), sorted(market.ghosts), counters)))
 
 
 def _nobody_listens(event: Event) -> None:

@@ -382,21 +382,21 @@ def test_a_slow_boot_takes_its_time_on_the_markets_clock(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("why", "status", "words"),
+    ("why", "state", "status", "words"),
     [
-        ("cdi", "created", "failed to inject CDI devices"),
-        ("oci", "created", "OCI runtime create failed"),
-        ("cdi_running", "running", "failed to inject CDI devices"),
-        ("manifest", "loading", "manifest for some/image:1 not found"),
-        ("pull_denied", "loading", "pull access denied"),
+        ("cdi", BoxState.FAILED, "created", "failed to inject CDI devices"),
+        ("oci", BoxState.FAILED, "created", "OCI runtime create failed"),
+        ("cdi_running", BoxState.FAILED, "running", "failed to inject CDI devices"),
+        ("manifest", BoxState.IMAGELESS, "loading", "manifest for some/image:1 not found"),
+        ("pull_denied", BoxState.IMAGELESS, "loading", "pull access denied"),
     ],
 )
 def test_a_host_that_cannot_run_the_container_is_known_by_its_message(
-    bench: Bench, why: str, status: str, words: str
+    bench: Bench, why: str, state: BoxState, status: str, words: str
 ) -> None:
     bench.fault("boot_fails", why=why, calls=1)
     number = bench.rent()
-    box = bench.until_state(number, BoxState.FAILED)
+    box = bench.until_state(number, state)
     assert box.status == status
     assert words in box.message
     assert bench.row(number)["intended_status"] == "running"

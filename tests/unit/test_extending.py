@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class Box:
     at: Endpoint = HERE
     market: tuple[Endpoint, ...] | None = (MOVED,)
     make: Callable[..., RemoteFake] = RemoteFake
-    asked: list[str] = field(default_factory=list)
+    asked: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
     def run(self) -> Path:
@@ -53,8 +53,8 @@ class Box:
 
     @property
     def reach(self) -> Reach:
-        def connect(endpoint: Endpoint, host_key: str, login_key: Path) -> Remote:
-            self.asked.append(host_key)
+        def connect(endpoint: Endpoint, host_keys: Sequence[str], login_key: Path) -> Remote:
+            self.asked.append(tuple(host_keys))
             if endpoint != self.at:
                 raise NotYet(f"{endpoint}: connection refused")
             return self.make(self.home, {"PATH": os.environ["PATH"]})
@@ -101,7 +101,7 @@ def test_new_totals_hold_on_the_box_and_in_the_ledger(ledger: Ledger, box: Box) 
     assert (done.before, done.rental.caps, caps(ledger)) == (CAPS, wanted, wanted)
     text = (box.run / "limits").read_text()
     assert sorted(text.split()) == ["SELFHOST_IDLE_S=3600", "SELFHOST_MAX_DOLLARS=8", "SELFHOST_MAX_S=36000"]
-    assert box.asked == ["ssh-ed25519 AAAA"]
+    assert box.asked == [("ssh-ed25519 AAAA",)]
     assert {one.why: one.seconds for one in done.ends}["hours"] == 36_000 - 3600
 
 

@@ -133,8 +133,8 @@ def test_a_home_that_cannot_be_written_is_an_error(box: Box, remote: RemoteFake)
 def test_the_files_of_a_spec_are_the_shipped_ones() -> None:
     files = install.files(SPEC)
     assert set(files) == {
-        "bin/install.sh", "bin/start.sh", "bin/stop.sh", "bin/limits.sh", "bin/llamacpp.py", "bin/ollama.py",
-        "bin/proxy.zip", "run/install.env",
+        "bin/install.sh", "bin/start.sh", "bin/stop.sh", "bin/limits.sh", "bin/hostkey.sh", "bin/llamacpp.py",
+        "bin/ollama.py", "bin/proxy.zip", "run/install.env",
     }  # fmt: skip
     assert files["bin/install.sh"] == (payload.script("install.sh"), 0o700)
     assert files["run/install.env"][1] == 0o600

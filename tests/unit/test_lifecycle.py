@@ -272,6 +272,14 @@ def test_a_host_that_cannot_start_the_box_is_left_at_once(stage: Stage) -> None:
     assert stage.clock.time() - before < 120
 
 
+def test_an_image_that_nobody_has_is_not_looked_for_on_other_machines(stage: Stage) -> None:
+    stage.market.state, stage.market.status = BoxState.IMAGELESS, "loading"
+    with pytest.raises(NotServable, match="cannot have the image vastai/base-image"):
+        stage.up()
+    assert (stage.market.creates, stage.billed) == (1, 0)
+    assert stage.ledger.all()[0].blameless
+
+
 def test_a_box_that_never_lets_us_in_is_destroyed_at_the_deadline(stage: Stage) -> None:
     stage.box.refusals = 10_000
     with pytest.raises(BoxFailed, match=r"'ssh' was not over within 5 minutes.*refused"):
