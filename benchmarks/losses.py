@@ -1,11 +1,13 @@
 """What raw Ollama loses between a model and Claude Code, beside what is lost through us: one table.
 
-    .venv/bin/python benchmarks/losses.py [--json] [--only shapes|tasks] [--cache DIR]
+    .venv/bin/python benchmarks/losses.py [--json] [--only shapes|tasks] [--engine ENGINE] [--model NAME] [--cache DIR]
 
 One server of the real Ollama (scripts/ollama builds it), with a small model at temperature 0, is asked the same things
 twice: at its own /v1/messages, and at the proxy's as a box runs it. `shapes` are losses asked for directly; `tasks` are
 ten one-step tool tasks of the real Claude Code, launched the same way, in the same folder, on both sides. Takes ten
 minutes on two quiet cores; a task is ended after four.
+
+With `--engine llamacpp` the same ten tasks go through us to llama.cpp's server as a box runs it; nothing is asked raw.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-from figures import Figure, as_json, columns
+from figures import Figure, as_json, as_table, columns, figure
 
+import selfhost_cli
 from selfhost_cli import claude, config
 from selfhost_cli.sandbox import assets, demo, registry
 
@@ -39,6 +42,7 @@ CONTEXT = 8192
 PATIENCE = 240
 """Seconds for one task."""
 TOKEN = "losses-token"
+LAUNCHER = Path(selfhost_cli.__file__).parent / "templates" / "llamacpp.py"
 TINY, CODER, NATIVE = "qwen-tiny", "qwen-coder", "qwen-native"
 
 # Ollama's own renderer and parser for qwen3-coder, over a model that leaves out <tool_call> as qwen3-coder itself does.
@@ -106,19 +110,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print a list of figures")
     parser.add_argument("--only", choices=("shapes", "tasks"), help="one half of it")
+    parser.add_argument("--engine", choices=("ollama", "llamacpp"), default="ollama", help="default: %(default)s")
+    parser.add_argument("--model", choices=assets.MODELS, default=assets.DEMO_MODEL, help="default: %(default)s")
     parser.add_argument("--cache", type=Path, default=config.paths("default", os.environ).cache)
     options = parser.parse_args()
-    if not (built := assets.built_ollama(options.cache)):
+    built = assets.built_ollama(options.cache)
+    if options.engine == "llamacpp" and options.only == "shapes":
+        parser.error("the shapes are losses of Ollama's")
+    if options.engine == "ollama" and not built:
         sys.exit("the real Ollama is not built: run scripts/ollama")
-    made = assets.ensure(options.cache, lambda line: None)
+    made = assets.ensure(options.cache, say, assets.default_sources(options.model))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
     with tempfile.TemporaryDirectory(prefix="selfhost-losses-") as place:
-        losses = measure(Path(place), built / "bin" / "ollama", made, options.only)
-    if options.json:
-        figures = [figure for loss in losses for figure in loss.figures()]
-        print(as_json(figures))
-    else:
-        print(table(losses))
+        if built and options.engine == "ollama":
+            losses = measure(Path(place), built / "bin" / "ollama", made, options.only)
+            figures = [figure for loss in losses for figure in loss.figures()]
+            shown = table(losses)
+        else:
+            figures = through_llama(Path(place), made, options.model)
+            shown = as_table(figures)
+    print(as_json(figures) if options.json else shown)
 
 
 def measure(place: Path, program: Path, made: assets.Assets, only: str | None) -> list[Loss]:
@@ -136,6 +147,19 @@ def measure(place: Path, program: Path, made: assets.Assets, only: str | None) -
                     for loss in losses[-4:]:
                         say(f"{loss}")
     return losses
+
+
+def through_llama(place: Path, made: assets.Assets, model: str) -> list[Figure]:
+    python = engine_python(place, made)
+    with llama(place, python, made.model, model) as raw, engine_side(place, raw, model, "llamacpp") as ours:
+        done = outcome(place, made.claude, model, ours)
+    count = len(TASKS)
+    return [
+        figure(f"tasks not solved, of {count}", [done.unsolved], "tasks", 0),
+        figure(f"calls made and not executed, of {done.calls}", [done.lost], "calls", 0),
+        figure(f"tasks ended empty, without saying why, of {count}", [done.empty], "tasks", 0),
+        figure("time for a task", done.took, "s"),
+    ]
 
 
 def table(losses: Sequence[Loss]) -> str:
@@ -325,6 +349,8 @@ class Outcome:
     empty: int = 0
     uncalled: int = 0
     unsolved: int = 0
+    took: list[float] = field(default_factory=list)
+    """Seconds."""
 
 
 WORDS = {"note.txt": "walnut42", "plan.md": "harbor17", "config.ini": "pepper88", "list.csv": "thunder63"}
@@ -405,6 +431,7 @@ def attempt(outcome: Outcome, side: Side, program: Path, model: str, folder: Pat
     outcome.empty += not results or (results[-1]["subtype"] == "success" and not said.strip())
     outcome.uncalled += not made and not leaks
     outcome.unsolved += not solved
+    outcome.took.append(took)
     verdict = f"{'solved' if solved else 'not solved'} in {took:.0f} s"
     say(f"  {model} {side.name} {task.tool} {verdict}, calls {len(made)}, leaked {leaks}: {said[:500]!r}")
 
@@ -475,16 +502,44 @@ def serving(place: Path, program: Path, model: Path) -> Iterator[Side]:
 
 @contextmanager
 def proxied(place: Path, raw: Side, model: str) -> Iterator[Side]:
-    """The engine side as a box starts it, with the model loaded."""
+    """The engine side before Ollama, with the model loaded."""
     load(raw, model)
+    with engine_side(place, raw, model, "ollama") as ours:
+        yield ours
+
+
+@contextmanager
+def engine_side(place: Path, raw: Side, model: str, engine: str) -> Iterator[Side]:
+    """As a box starts it."""
     with tempfile.TemporaryDirectory(dir=place) as name:
         run = Path(name)
         (run / "engine.port").write_text(raw.url.rpartition(":")[2])
-        env = {"PATH": os.defpath, "SELFHOST_TOKEN": TOKEN, "SELFHOST_MODEL": model, "SELFHOST_ENGINE": "ollama"}
+        env = {"PATH": os.defpath, "SELFHOST_TOKEN": TOKEN, "SELFHOST_MODEL": model, "SELFHOST_ENGINE": engine}
         command = [sys.executable, "-m", "selfhost_cli.proxy", "--run-dir", name, "--port", "0"]
         with child(command, env, place / f"proxy-{model}.log"):
             wait_for((run / "ready").exists)
             yield Side("ours", f"http://127.0.0.1:{(run / 'proxy.port').read_text().strip()}")
+
+
+def engine_python(place: Path, made: assets.Assets) -> Path:
+    """An environment with llama.cpp's wheel, as a box has it."""
+    venv = place / "venv"
+    subprocess.run([made.python, "-m", "venv", venv], check=True)
+    python = venv / "bin" / "python"
+    offline = ["--no-index", "--find-links", str(made.wheels), "--no-cache-dir", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", "--quiet", *offline, assets.BOX_REQUIREMENTS["engine"]]
+    subprocess.run(pip, check=True)
+    return python
+
+
+@contextmanager
+def llama(place: Path, python: Path, file: Path, model: str) -> Iterator[Side]:
+    """llama.cpp's server with that model file, as a box starts it."""
+    port = place / "engine.port"
+    words = ["--model", str(file), "--alias", model, "--context", str(demo.CONTEXT), "--port-file", str(port)]
+    with child([str(python), str(LAUNCHER), *words], {"PATH": os.defpath}, place / "engine.log"):
+        wait_for(port.exists, 120)
+        yield Side("raw", f"http://127.0.0.1:{port.read_text().strip()}")
 
 
 @contextmanager

