@@ -98,3 +98,8 @@ def in_profile(text: str, profile: str) -> str:
     if profile == "default":
         return text
     return text.replace("`selfhost ", f"`selfhost --profile {profile} ")
+
+
+def plain(text: str) -> str:
+    """A text without what could steer a terminal or turn its writing around: markets and boxes are strangers."""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")

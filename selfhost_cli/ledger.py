@@ -177,6 +177,11 @@ class Ledger:
         with self._transaction() as db:
             return self._write(db, replace(self._current(db, label), **facts))
 
+    def tell(self, label: str, kind: str, text: str) -> None:
+        """Record what happened to a rental, for people."""
+        with self._transaction() as db:
+            self._note(db, label, kind, text)
+
     def events(self, label: str) -> list[tuple[float, str, str]]:
         """(time, kind, text) of every transition, with its reason."""
         return self._rows("SELECT at, kind, text FROM events WHERE label = ? ORDER BY rowid", label)

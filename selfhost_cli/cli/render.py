@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from selfhost_cli import countdown, health
 from selfhost_cli import status as state
@@ -46,6 +47,10 @@ class _Console(Console):
             *(words.in_profile(o, words.speaking_for) if isinstance(o, str) else o for o in objects), **options
         )
 
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Whatever is shown comes through here, cells of tables too; the live display of `Talk` does not."""
+        return super().render_str(words.plain(text), **options)
+
     def on_broken_pipe(self) -> None:
         """Rich would exit here, in the middle of whatever was being told; the error boundary knows better."""
         raise BrokenPipeError
@@ -57,7 +62,7 @@ err = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 def as_json(value: Any) -> None:
     """A value on stdout as JSON; dataclasses by their fields, secrets left out."""
-    out.print_json(json.dumps(_plain(value)))
+    out.print_json(json.dumps(_plain(value)), ensure_ascii=True)  # else it would steer the terminal as any text
 
 
 class Talk:
@@ -88,7 +93,8 @@ class Talk:
         self._tell(self._hide)
 
     def __call__(self, event: Event) -> None:
-        self._tell(lambda: self._show(event))
+        said = dataclasses.replace(event, stage=_in_a_line(event.stage), text=_in_a_line(event.text))
+        self._tell(lambda: self._show(said))
 
     def _tell(self, telling: Callable[[], None]) -> None:
         if self._deaf:
@@ -116,7 +122,7 @@ class Talk:
         return f" [dim]{seconds:.1f} s[/]" if event.status == "done" and event.stage == self._stage else ""
 
     def _say(self, mark: str, stage: str, text: str, took: str = "") -> None:
-        line = f"{mark} {stage:<15} {escape(text)}"
+        line = f"{mark} {escape(f'{stage:<15} {text}')}"
         if line != self._said:
             self._said = line
             err.print(line + took)
@@ -141,7 +147,7 @@ class Talk:
             self._say("…", stage, ", ".join(told))
 
     def _draw(self, event: Event) -> None:
-        line = f"{event.stage:<15} {escape(event.text)}"
+        line = escape(f"{event.stage:<15} {event.text}")
         if event.total is None:
             if not isinstance(self._shown, Status):
                 self._hide()
@@ -161,6 +167,11 @@ class Talk:
         if self._shown is not None:
             self._shown.stop()
             self._shown = None
+
+
+def _in_a_line(text: str) -> str:
+    """A box names its stages and tells what it does: in a second line it could say what only we say."""
+    return words.plain(text).replace("\n", " ")
 
 
 def _download_bar() -> Progress:

@@ -6,6 +6,7 @@ import os
 import sys
 
 from selfhost_cli.errors import in_profile as in_profile
+from selfhost_cli.errors import plain as plain
 
 speaking_for = "default"
 """The profile of this process, for the commands that its texts show."""
@@ -14,7 +15,7 @@ speaking_for = "default"
 def say(text: str) -> None:
     """One remark on stderr; stdout belongs to the product."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(plain(text), file=sys.stderr, flush=True)
     except OSError:
         discard(2)
 

@@ -48,9 +48,10 @@ LIMITS: Mapping[str, Limit] = {
 Each endpoint is counted for itself, so whoever polls is never in the way of a destroy.
 """
 HOPELESS = re.compile(
-    r"OCI runtime create failed|failed to inject CDI devices|pull access denied|manifest .*(not found|unknown)"
+    "OCI runtime create failed|failed to inject CDI devices|could not select device driver|no space left on device"
 )
 """What Docker says, by way of `status_msg`, on a host that will never run the container."""
+IMAGELESS = re.compile("pull access denied|manifest .*(not found|unknown)")
 
 
 def cli_key(env: Mapping[str, str]) -> str:
@@ -103,6 +104,7 @@ class VastProvider:
         # One attempt a call: the SDK repeats every method, the paid create included (1.9.1, reproduced).
         self._sdk = VastAI(api_key=key, server_url=url.rstrip("/"), retry=1)
         self._sdk.client.timeout = timeout
+        self._key = key
         self._clock = clock
         self._pacer = pacer or Pacer(None, url, 0.0, clock=clock)
 
@@ -203,7 +205,7 @@ class VastProvider:
 
         answer = self._patiently("destroy", ask)
         if not isinstance(answer, dict) or answer.get("success") is not True:
-            raise MarketUnreachable(f"the market did not confirm the end of box {instance_id}: {_text(answer)}")
+            raise MarketUnreachable(f"the market did not confirm the end of box {instance_id}: {self._text(answer)}")
 
     def register_key(self, public_key: str) -> None:
         def known() -> list[Any]:
@@ -220,13 +222,13 @@ class VastProvider:
                 return
         answer = self._patiently("keys", lambda: self._sdk.create_ssh_key(public_key))
         if isinstance(answer, dict) and answer.get("success") is False:
-            raise MarketError(f"the market did not take the login key: {_text(answer)}")
+            raise MarketError(f"the market did not take the login key: {self._text(answer)}")
 
     def attach_key(self, instance_id: int, public_key: str) -> None:
         answer = self._patiently("attach", lambda: self._sdk.attach_ssh(instance_id, public_key))
         refused = isinstance(answer, dict) and answer.get("success") is False
-        if refused and "already" not in _text(answer):  # "SSH key already associated with instance."
-            raise MarketError(f"the market did not put the login key on box {instance_id}: {_text(answer)}")
+        if refused and "already" not in self._text(answer):  # "SSH key already associated with instance."
+            raise MarketError(f"the market did not put the login key on box {instance_id}: {self._text(answer)}")
 
     def charges(self, instance_id: int, since: float) -> Charges | None:
         day = 86_400
@@ -300,14 +302,14 @@ class VastProvider:
     def _problem(self, call: str, response: requests.Response) -> MarketError:
         """What an error answer means. After a rate limit nobody makes this call for as long as the market says."""
         if response.status_code != 429 or "search_quota_exceeded" in response.text:
-            return _read_error(response)
+            return self._read_error(response)
         seconds = max(LIMITS[call].penalty, _retry_after(response, self._clock.time()))
         self._pacer.hold(call, seconds)
         return _TooOften(seconds)
 
     def _create_error(self, response: requests.Response | None, answer: object, offer: Offer) -> MarketError:
         status = response.status_code if response is not None else 200
-        text = _text(answer)
+        text = self._text(answer)
         if "no_such_ask" in text:
             return OfferGone(f"offer {offer.id} is gone: {text}")
         if "insufficient_credit" in text:
@@ -319,6 +321,23 @@ class VastProvider:
         if status in (401, 403) or "auth_error" in text:
             return _key_refused(status, text)
         return MarketError(f"the market refused offer {offer.id}: {text or status}")
+
+    def _read_error(self, response: requests.Response) -> MarketError:
+        status, text = response.status_code, self._text(_body(response))
+        if status in (401, 403) or "auth_error" in text:
+            return _key_refused(status, text)
+        if status >= 500 or status == 408:
+            return MarketUnreachable(f"the market answered {status}: {text}")
+        return MarketError(f"the market refused ({status}): {text}")
+
+    def _text(self, answer: object) -> str:
+        """What an error answer says, whatever its shape: in one line, and without our key if it repeats that."""
+        if isinstance(answer, dict):
+            text = " ".join(str(answer[key]) for key in ("error", "msg", "detail") if answer.get(key))
+        else:
+            text = str(answer)
+        told = " ".join(text.split())
+        return (told.replace(self._key, "<the key>") if self._key else told)[:300]
 
 
 def _tame_requests(env: MutableMapping[str, str], url: str) -> None:
@@ -418,7 +437,10 @@ def _instance(row: Row) -> Instance:
 
 def _state(row: Row) -> BoxState:
     actual = row.get("actual_status")
-    if HOPELESS.search(str(row.get("status_msg") or "")):
+    said = str(row.get("status_msg") or "")
+    if IMAGELESS.search(said):
+        return BoxState.IMAGELESS
+    if HOPELESS.search(said):
         return BoxState.FAILED
     if actual in ("exited", "unknown", "offline", "stopped", "frozen"):
         return BoxState.FAILED
@@ -462,15 +484,6 @@ def _contract(answer: object) -> int | None:
     return int(known) if re.fullmatch("[1-9][0-9]*", known) else None
 
 
-def _read_error(response: requests.Response) -> MarketError:
-    status, text = response.status_code, _text(_body(response))
-    if status in (401, 403) or "auth_error" in text:
-        return _key_refused(status, text)
-    if status >= 500 or status == 408:
-        return MarketUnreachable(f"the market answered {status}: {text}")
-    return MarketError(f"the market refused ({status}): {text}")
-
-
 def _retry_after(response: requests.Response, now: float) -> float:
     """Seconds of silence that the market asks for (a number, or a date in the header), 0 when it says nothing."""
     body = _body(response)
@@ -502,12 +515,4 @@ def _body(response: requests.Response) -> object:
     try:
         return response.json()
     except ValueError:
-        return response.text[:300]
-
-
-def _text(answer: object) -> str:
-    """What an error answer says, whatever its shape."""
-    if isinstance(answer, dict):
-        parts = [str(answer[key]) for key in ("error", "msg", "detail") if answer.get(key)]
-        return " ".join(parts)[:300]
-    return str(answer).strip()[:300]
+        return response.text

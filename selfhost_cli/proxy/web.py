@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import io
 import logging
+import re
 import time
 import zlib
 from collections.abc import Callable
@@ -29,6 +30,13 @@ from selfhost_cli.proxy.errors import (
 )
 
 MAX_BODY = 32 * 2**20
+BODY_S = 300.0
+"""So long may a body take to come."""
+MAX_HEAD, MAX_HEADERS = 32 * 2**10, 100
+"""Bytes and number of a request's headers. Claude Code sends about thirty, and 2 KB."""
+HEAD_S = 75.0
+"""So long may a connection go without a whole head: at its start, or after an answer. The front leaves after 60."""
+HOME = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE | re.ASCII)
 PING_EVERY = 5.0
 UNREAD_S = 300.0
 """So long may a client leave unread what is written to it; then it is cut off, because it holds a slot."""
@@ -121,17 +129,30 @@ def application(
 def runner(app: web.Application) -> web.AppRunner:
     """How either role has to be hosted: handlers are cancelled when their client is gone.
 
-    aiohttp would answer a body that is not compressed as its head says in plain text, or by hanging up.
+    aiohttp would answer a body that is not compressed as its head says in plain text, or by hanging up; and large heads
+    in plain text, where its limits are not above ours.
     """
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=2, auto_decompress=False)
+    return web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=2,
+        auto_decompress=False,
+        keepalive_timeout=HEAD_S,
+        max_line_size=4 * MAX_HEAD,
+        max_field_size=4 * MAX_HEAD,
+    )
 
 
 async def read_body(http: web.Request) -> bytes:
-    """The whole body, unpacked; or ProxyError 400, 413, 415."""
+    """The whole body, unpacked; or ProxyError 400, 408, 413, 415."""
     if (http.content_length or 0) > MAX_BODY:
         raise too_large(MAX_BODY)
     try:
-        body = await http.read()
+        async with asyncio.timeout(BODY_S):
+            body = await http.read()
+    except TimeoutError as error:
+        raise ProxyError(408, INVALID, f"the body did not come within {BODY_S:g} s") from error
     except web.RequestPayloadError as error:
         raise invalid(f"the body cannot be read: {error}") from error
     match http.headers.get("content-encoding", "identity").strip().lower():
@@ -256,6 +277,7 @@ def _gate(token: str, public: frozenset[str], observe: Callable[[Trace], None] |
         _TRACE.set(traced)
         status = 499
         try:
+            _check_head(request)
             if request.path not in public and not _knows(token, request):
                 raise unauthorized()
             response = await handler(request)
@@ -278,6 +300,20 @@ def _gate(token: str, public: frozenset[str], observe: Callable[[Trace], None] |
                 observe(traced)
 
     return gate
+
+
+def _check_head(http: web.Request) -> None:
+    """Raises ProxyError 431 and 403: no name but loopback's own can be asked for without a trick of the network's.
+
+    A page of the web that has its own name lead to this machine sends that name.
+    """
+    size = len(http.raw_path) + sum(len(name) + len(value) for name, value in http.raw_headers)
+    if size > MAX_HEAD or len(http.raw_headers) > MAX_HEADERS:
+        limit = f"{MAX_HEAD // 2**10} KB and {MAX_HEADERS} headers"
+        raise ProxyError(431, INVALID, f"the head of the request is larger than {limit}")
+    for host in http.headers.getall("host", ()):
+        if not HOME.fullmatch(host):
+            raise ProxyError(403, "permission_error", f"127.0.0.1 and localhost are served here, not {host[:100]!r}")
 
 
 def _knows(token: str, http: web.Request) -> bool:

@@ -13,6 +13,10 @@ class NotYet(SelfhostError):
     """The box cannot be used yet (refused, denied, or another host key before first contact): try again."""
 
 
+class OtherKey(NotYet):
+    """Somebody answers who is not the box, or not yet: no login was tried."""
+
+
 class ConnectionLost(SelfhostError):
     """The connection broke while something ran; whether it finished is unknown."""
 

@@ -1,21 +1,28 @@
-"""paramiko and sshtunnel against a real OpenSSH sshd."""
+"""Commands, files and the tunnel against a real OpenSSH sshd."""
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from selfhost_cli.model import Endpoint
-from selfhost_cli.remote import ConnectionLost, NotYet
+from selfhost_cli.remote import ConnectionLost, NotYet, OtherKey, ssh
+from selfhost_cli.remote.knock import knock
 from selfhost_cli.remote.ssh import SshRemote, connect, make_key
 from selfhost_cli.remote.tunnel import Tunnel
 from tests.integration.conftest import Box
+from tests.relay import Relay
+from tests.waiting import until
 
 pytestmark = pytest.mark.box
 
@@ -90,8 +97,6 @@ def test_a_port_where_nobody_listens_is_not_yet(box: Box) -> None:
         nobody = Endpoint("127.0.0.1", unused.getsockname()[1])
     with pytest.raises(NotYet, match="refused"):
         connect(nobody, box.host_key, box.login_key)
-    with pytest.raises(NotYet, match="refused"):
-        Tunnel(nobody, box.host_key, box.login_key, 80)
 
 
 def test_a_closed_connection_says_so(box: Box) -> None:
@@ -102,9 +107,9 @@ def test_a_closed_connection_says_so(box: Box) -> None:
 
 
 @contextmanager
-def echo_server() -> Iterator[int]:
-    """Sends back what it gets, on the loopback that laptop and sandbox box share."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def server(answer: Callable[[socket.socket], object]) -> Iterator[int]:
+    """Serves each connection in a thread, on the loopback that laptop and sandbox box share."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
 
     def serve() -> None:
         while True:
@@ -112,12 +117,11 @@ def echo_server() -> Iterator[int]:
                 peer, _ = listener.accept()
             except OSError:
                 return
-            threading.Thread(target=answer, args=(peer,), daemon=True).start()
+            threading.Thread(target=one, args=(peer,), daemon=True).start()
 
-    def answer(peer: socket.socket) -> None:
-        with peer:
-            while data := peer.recv(65536):
-                peer.sendall(data)
+    def one(peer: socket.socket) -> None:
+        with peer, suppress(OSError):
+            answer(peer)
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -127,12 +131,25 @@ def echo_server() -> Iterator[int]:
     thread.join()
 
 
+def echo(peer: socket.socket) -> None:
+    while data := peer.recv(65536):
+        peer.sendall(data)
+
+
+def read_all(peer: socket.socket) -> bytes:
+    return b"".join(iter(lambda: peer.recv(65536), b""))
+
+
+def dial(tunnel: Tunnel) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", tunnel.port), timeout=20)
+
+
 @pytest.fixture
-def make_tunnel(box: Box) -> Iterator[Callable[[int], Tunnel]]:
+def make_tunnel(box: Box) -> Iterator[Callable[..., Tunnel]]:
     made: list[Tunnel] = []
 
-    def make(port: int) -> Tunnel:
-        made.append(Tunnel(box.endpoint, box.host_key, box.login_key, port))
+    def make(port: int, endpoint: Endpoint = box.endpoint) -> Tunnel:
+        made.append(Tunnel(connect(endpoint, box.host_key, box.login_key), port))
         return made[-1]
 
     yield make
@@ -140,28 +157,205 @@ def make_tunnel(box: Box) -> Iterator[Callable[[int], Tunnel]]:
         tunnel.close()
 
 
-def test_a_tunnel_carries_bytes_and_commands_over_one_connection(
-    make_tunnel: Callable[[int], Tunnel], box: Box
-) -> None:
-    with echo_server() as port:
+@pytest.fixture
+def relay(box: Box) -> Iterator[Relay]:
+    relay = Relay(box.endpoint.port)
+    yield relay
+    relay.close()
+
+
+MakeTunnel = Callable[..., Tunnel]
+
+
+def test_a_tunnel_carries_bytes_and_commands_over_one_connection(make_tunnel: MakeTunnel, box: Box) -> None:
+    with server(echo) as port:
         tunnel = make_tunnel(port)
-        with socket.create_connection(("127.0.0.1", tunnel.port), timeout=5) as peer:
+        with dial(tunnel) as peer:
             peer.sendall(b"hello")
             assert peer.recv(5) == b"hello"
         assert tunnel.run("pwd").out.strip() == str(box.home)
+        assert tunnel.answers(5)
 
 
-def test_a_tunnel_never_shows_another_host_its_login(box: Box) -> None:
+def test_what_is_sent_is_what_arrives(make_tunnel: MakeTunnel) -> None:
+    sent = os.urandom(5_000_000)
+    with server(lambda peer: peer.sendall(read_all(peer))) as port, dial(make_tunnel(port)) as peer:
+        peer.sendall(sent)
+        peer.shutdown(socket.SHUT_WR)  # the other direction goes on
+        assert read_all(peer) == sent
+
+
+def test_both_directions_may_be_full_at_once(make_tunnel: MakeTunnel) -> None:
+    size = 20_000_000
+
+    def push(peer: socket.socket) -> None:
+        peer.sendall(bytes(size))
+        peer.shutdown(socket.SHUT_WR)
+        read_all(peer)
+
+    with server(push) as port, dial(make_tunnel(port)) as peer:
+        sender = threading.Thread(target=peer.sendall, args=(bytes(size),))
+        sender.start()
+        assert len(read_all(peer)) == size
+        sender.join(20)
+        assert not sender.is_alive()
+
+
+def test_one_that_does_not_read_keeps_no_other_waiting(make_tunnel: MakeTunnel) -> None:
+    def serve(peer: socket.socket) -> None:
+        peer.sendall(bytes(32 * 2**20) if peer.recv(1) == b"L" else b"small")
+
+    with server(serve) as port:
+        tunnel = make_tunnel(port)
+        with dial(tunnel) as deaf:
+            deaf.sendall(b"L")
+            for _ in range(5):
+                with dial(tunnel) as peer:
+                    peer.sendall(b"s")
+                    assert read_all(peer) == b"small"
+            assert tunnel.run("echo here", timeout=10).out == "here\n"
+
+
+def test_sixty_four_streams_all_come_to_their_end(make_tunnel: MakeTunnel) -> None:
+    with server(lambda peer: peer.sendall(peer.recv(1) * 300_000)) as port:
+        tunnel = make_tunnel(port)
+        with ExitStack() as stack:
+            peers = [stack.enter_context(dial(tunnel)) for _ in range(64)]
+            for number, peer in enumerate(peers):
+                peer.sendall(bytes([number]))
+            for number, peer in enumerate(peers):
+                assert read_all(peer) == bytes([number]) * 300_000
+
+
+def test_what_is_cut_off_ends_in_a_reset_and_never_as_if_it_were_whole(make_tunnel: MakeTunnel, box: Box) -> None:
+    with server(lambda peer: (peer.sendall(b"half of"), peer.recv(1))) as port:
+        tunnel = make_tunnel(port)
+        with dial(tunnel) as peer:
+            assert peer.recv(100) == b"half of"
+            box.signal_sessions(signal.SIGKILL)
+            with pytest.raises(ConnectionResetError):
+                peer.recv(100)
+        until(lambda: not tunnel.alive)
+
+
+def test_a_port_where_nothing_listens_on_the_box_is_a_reset(make_tunnel: MakeTunnel) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        tunnel = make_tunnel(unused.getsockname()[1])
+        with dial(tunnel) as peer, pytest.raises(ConnectionResetError):
+            peer.recv(1)
+    assert tunnel.alive
+
+
+def test_one_that_hangs_up_in_the_middle_of_an_answer_ends_it_on_the_box(make_tunnel: MakeTunnel) -> None:
+    ended = threading.Event()
+
+    def stream(peer: socket.socket) -> None:
+        try:
+            while True:
+                peer.sendall(b"word ")
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    with server(stream) as port:
+        with dial(make_tunnel(port)) as peer:
+            peer.recv(1)
+        assert ended.wait(10)
+
+
+def test_a_closed_tunnel_leaves_no_listener_no_thread_and_no_descriptor(make_tunnel: MakeTunnel) -> None:
+    def flood(peer: socket.socket) -> None:
+        peer.sendall(bytes(64 * 2**20))
+
+    with server(flood) as port:
+        threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        tunnel = make_tunnel(port)
+        with dial(tunnel), dial(tunnel) as peer:  # neither reads on, one never did
+            peer.recv(1)
+            tunnel.close()
+            with pytest.raises(ConnectionRefusedError):
+                dial(tunnel)
+            with pytest.raises(ConnectionLost):
+                tunnel.run("true")
+            until(lambda: threading.active_count() <= threads)
+        until(lambda: len(os.listdir("/proc/self/fd")) <= descriptors)
+
+
+def test_a_command_behind_a_slow_upload_is_waited_for(make_tunnel: MakeTunnel, relay: Relay) -> None:
+    """While the box says anything it is slow and not away: more than a second of upload lies before some question."""
+    with server(read_all) as port:
+        tunnel = make_tunnel(port, relay.endpoint)
+        with dial(tunnel) as peer:
+            relay.chunk_s = 0.05
+            sender = threading.Thread(target=_send, args=(peer, bytes(8_000_000)))
+            sender.start()
+            took = []
+            while sender.is_alive():
+                began = time.monotonic()
+                assert tunnel.run("echo here", timeout=1.0).out == "here\n"
+                took.append(time.monotonic() - began)
+            assert max(took) > 1.0
+            relay.chunk_s = 0.0
+
+
+def test_silence_with_an_upload_under_way_is_a_lost_connection(make_tunnel: MakeTunnel, relay: Relay) -> None:
+    with server(read_all) as port:
+        tunnel = make_tunnel(port, relay.endpoint)
+        with dial(tunnel) as peer, relay.swallowing():
+            sender = threading.Thread(target=_send, args=(peer, bytes(64 * 2**20)))
+            sender.start()
+            with pytest.raises(ConnectionLost):
+                tunnel.run("true", timeout=1.0)
+            sender.join(20)
+            assert not sender.is_alive()
+
+
+def _send(peer: socket.socket, data: bytes) -> None:
+    with suppress(OSError):
+        peer.sendall(data)
+
+
+def test_another_host_key_is_named_with_both_fingerprints(box: Box) -> None:
     _, other = make_key("other")
-    with pytest.raises(NotYet):
-        Tunnel(box.endpoint, other, box.login_key, 80)
+    with pytest.raises(OtherKey, match=r"another host key .*SHA256:\S+, not SHA256:"):
+        connect(box.endpoint, other, box.login_key)
 
 
-def test_a_closed_tunnel_leaves_no_listener(make_tunnel: Callable[[int], Tunnel]) -> None:
-    tunnel = make_tunnel(80)
-    port = tunnel.port
-    tunnel.close()
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port), timeout=5)
-    with pytest.raises(ConnectionLost):
-        tunnel.run("true")
+def test_a_server_that_never_greets_is_not_yet() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(NotYet, match="says nothing within 1 s"):
+        knock(Endpoint(*silent.getsockname()), 1)
+
+
+def test_a_server_that_hangs_up_at_once_is_not_yet() -> None:
+    with server(lambda peer: None) as port, pytest.raises(NotYet, match="hangs up without a word"):
+        knock(Endpoint("127.0.0.1", port), 5)
+
+
+def test_a_server_that_greets_and_then_says_nothing_is_not_yet(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "CONNECT_S", 1.0)
+
+    def greet(peer: socket.socket) -> None:
+        peer.sendall(b"SSH-2.0-box\r\n")
+        read_all(peer)
+
+    with server(greet) as port, pytest.raises(NotYet, match="the handshake broke off"):
+        connect(Endpoint("127.0.0.1", port), box.host_key, box.login_key)
+
+
+def test_the_port_outlives_a_shortage_of_descriptors(make_tunnel: MakeTunnel, caplog: pytest.LogCaptureFixture) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with server(echo) as port, socket.socket() as peer, ExitStack() as hoard:
+        tunnel = make_tunnel(port)
+        peer.settimeout(20)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+        try:
+            with suppress(OSError):
+                for _ in range(256):
+                    hoard.enter_context(open(os.devnull, "rb"))
+            peer.connect(("127.0.0.1", tunnel.port))
+            until(lambda: "Too many open files" in caplog.text)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        peer.sendall(b"hello")
+        assert peer.recv(5) == b"hello"

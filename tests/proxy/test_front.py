@@ -179,8 +179,8 @@ async def test_a_target_that_is_no_path_goes_nowhere(target: str) -> None:
     box = Box()
     async with before(box) as front:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(front.url.rpartition(":")[2]))
-        request = f"GET {target} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {FRONT}\r\nconnection: close\r\n\r\n"
-        writer.write(request.encode())
+        headers = f"host: localhost\r\nauthorization: Bearer {FRONT}\r\nconnection: close\r\n\r\n"
+        writer.write(f"GET {target} HTTP/1.1\r\n{headers}".encode())
         answer = await reader.read()
         writer.close()
         await writer.wait_closed()

@@ -4,15 +4,18 @@ import io
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.status import Status as RichStatus
 
 from selfhost_cli.cli import render, words
 from selfhost_cli.invoice import invoice
 from selfhost_cli.ledger import Usage
 from selfhost_cli.lifecycle import Ended
 from selfhost_cli.model import BoxState, Charges, Endpoint, Event, Instance
+from selfhost_cli.status import Status
 from tests.fakes.rental import make_rental
 
 
@@ -129,3 +132,51 @@ def test_what_interrupts_a_download_is_told_between_the_tenths(monkeypatch: pyte
     lines = told.getvalue().splitlines()
     assert len(lines) == 2
     assert lines[1].endswith("tiny: interrupted (it stalled), going on")
+
+
+STEERING = "\x1b]0;owned\x07\x1b[2J\x9b1A\rgone\u202ereversed\x08"
+"""Sets a title, clears the screen, moves up, writes over, turns around."""
+
+
+def steers(shown: str) -> bool:
+    return any(not (character.isprintable() or character == "\n") for character in shown)
+
+
+def test_what_a_market_or_a_box_says_never_steers_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    box = make_rental(instance_id=7, gpu=STEERING, place=STEERING, model=STEERING, reason=STEERING, ended_at=1.0)
+    render.ended(Ended((invoice(box, Usage(), now=0.0),), (foreign(STEERING),), (foreign(STEERING),), STEERING))
+    health: dict[str, Any] = {"status": STEERING, "components": {box.engine: {"version": STEERING}}}
+    so_far = invoice(box, Usage(), now=0.0)
+    render.status([Status(box, STEERING, STEERING, STEERING, health, so_far, (), None)])
+    render.as_json({"reason": STEERING})
+    words.say(f"selfhost: {STEERING}")
+    with render.Talk() as talk:
+        talk(Event(STEERING, "fail", STEERING))
+    told = capsys.readouterr()
+    assert "gone" in told.out
+    assert "gone" in told.err
+    assert not steers(told.out + told.err)
+
+
+def test_the_live_display_shows_no_steering_either() -> None:
+    told = io.StringIO()
+    for total in (None, 100_000_000):
+        talk = render.Talk()
+        talk._draws = True
+        talk(Event(STEERING, "progress", STEERING, 1, total))
+        shown = talk._shown
+        assert shown is not None
+        Console(file=told, width=200).print(shown.renderable if isinstance(shown, RichStatus) else shown)
+        talk.__exit__(None, None, None)
+    assert "gone" in told.getvalue()
+    assert not steers(told.getvalue())
+
+
+def test_a_box_can_neither_break_the_display_nor_say_what_only_we_say(capsys: pytest.CaptureFixture[str]) -> None:
+    with render.Talk() as talk:
+        talk(Event("[/]", "done", "[/x]\n✓ nothing is billed any more"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "[/]" in line
+    assert "[/x]" in line
