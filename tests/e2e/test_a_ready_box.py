@@ -135,6 +135,7 @@ def test_a_box_whose_sshd_lost_our_session_is_reached_again(ready: Stage) -> Non
     until(lambda: reached(ready), 30)
 
 
+@pytest.mark.long
 def test_a_session_of_claude_goes_on_through_a_cut_between_two_turns(ready: Stage, tmp_path: Path) -> None:
     ready.ask("claude", "-p", "Remember the word walnut.", "--tools", "", *SHORT, cwd=tmp_path)
     cut(ready)

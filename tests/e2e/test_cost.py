@@ -14,6 +14,7 @@ from tests.waiting import until
 pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.long
 def test_the_estimate_of_a_real_run_is_what_the_market_charges(make_stage: Callable[..., Stage]) -> None:
     stage = make_stage()
     stage.up()

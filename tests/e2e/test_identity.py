@@ -103,6 +103,7 @@ def own_key_of(box: Path) -> str:
     return " ".join(done.stdout.split()[:2])
 
 
+@pytest.mark.long
 def test_killed_between_any_two_steps_up_goes_on_with_the_same_box_and_ends_with_one_key(
     make_stage: Callable[..., Stage],
 ) -> None:

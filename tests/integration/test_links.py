@@ -129,6 +129,7 @@ def test_a_lease_that_cannot_be_renewed_is_told_and_requests_still_pass(watch: W
     watched.when(LinkState.UP, since=at)
 
 
+@pytest.mark.long
 def test_a_box_whose_disk_hangs_keeps_its_tunnel(watch: Watch, box: Box) -> None:
     """Its sshd answers, the renewal does not end: requests that are under way must not be cut for that."""
     watched = watch()
@@ -167,6 +168,7 @@ def test_a_frozen_peer_is_noticed_within_ten_seconds_and_used_again_within_three
     assert watched.when(LinkState.UP, since=thawed) - thawed <= 3
 
 
+@pytest.mark.long
 def test_a_frozen_session_alone_is_replaced_by_another(watch: Watch, box: Box) -> None:
     watched = watch()
     watched.when(LinkState.UP)
@@ -205,6 +207,7 @@ def send_until_cut(client: socket.socket) -> None:
         pass
 
 
+@pytest.mark.long
 def test_a_half_open_connection_is_left_for_a_new_one(watch: Watch, relay: Relay, box: Box) -> None:
     """The box has rebooted, or a router forgot us: the old connection stays silent, a new one works."""
     watched = watch(relay.endpoint, endpoints=lambda rental: (box.endpoint,))
@@ -248,6 +251,7 @@ def test_the_relay_of_the_market_is_used_when_the_direct_way_is_shut_and_remembe
     assert watched.link._candidates == (relay.endpoint, NOBODY)
 
 
+@pytest.mark.long
 def test_a_market_that_does_not_answer_does_not_keep_us_from_knocking(watch: Watch, relay: Relay, box: Box) -> None:
     answer = threading.Event()
 
