@@ -343,6 +343,7 @@ def test_a_server_that_greets_and_then_says_nothing_is_not_yet(box: Box, monkeyp
         connect(Endpoint("127.0.0.1", port), box.host_key, box.login_key)
 
 
+@pytest.mark.long
 def test_the_port_outlives_a_shortage_of_descriptors(make_tunnel: MakeTunnel, caplog: pytest.LogCaptureFixture) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with server(echo) as port, ExitStack() as hoard:
