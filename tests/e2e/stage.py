@@ -21,7 +21,7 @@ from selfhost_cli.sandbox.demo import Market
 from tests.proxy.kit import TOKEN
 from tests.waiting import until
 
-DEADLINE_S = 100.0
+DEADLINE_S = 180.0
 
 
 @dataclass
