@@ -21,7 +21,7 @@ from selfhost_cli.sandbox.demo import Market
 from tests.proxy.kit import TOKEN
 from tests.waiting import until
 
-DEADLINE_S = 180.0
+DEADLINE_S = 100.0
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Stage:
     def ask(self, *words: str, code: int = 0, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Answer:
         """Run it to its end and check its exit code."""
         process = self.spawn(*words, cwd=cwd, env=env)
-        out, err = process.communicate(timeout=DEADLINE_S)
+        out, err = finished(process, self.home, DEADLINE_S)
         assert process.returncode == code, f"selfhost {' '.join(words)}: {process.returncode}\n{out}\n{err}"
         return Answer(out, err)
 
@@ -129,6 +129,23 @@ class Answer:
     @property
     def json(self) -> Any:
         return json.loads(self.out)
+
+
+def finished(process: subprocess.Popen[str], home: Path, seconds: float) -> tuple[str, str]:
+    """What it printed. One that does not end in time fails with that and with what the sandbox's parts logged."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as late:
+        process.kill()  # what it started may live on and hold the pipes: nothing is read from them any more
+        process.wait()
+        told = b"\n".join(filter(None, (late.stdout, late.stderr))).decode(errors="replace")
+        logs = [log for log in sorted(home.glob("state/**/*.log")) if log.stat().st_size]
+        tails = "".join(f"--- {log.relative_to(home)}\n{tail(log)}\n" for log in logs)
+        raise AssertionError(f"{process.args!r} did not end in {seconds} s\n{told}\n{tails}") from None
+
+
+def tail(log: Path, lines: int = 25) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ import pytest
 
 from selfhost_cli import config
 from selfhost_cli.sandbox import demo
+from tests.e2e.stage import Answer, finished
 from tests.waiting import until
 
 pytestmark = pytest.mark.e2e
@@ -84,9 +85,9 @@ def home(cache: Path) -> Iterator[Path]:
 
 def selfhost(
     home: Path, *words: str, code: int = 0, out: int | IO[str] = subprocess.PIPE, around: Sequence[str | Path] = ()
-) -> subprocess.CompletedProcess[str]:
+) -> Answer:
     """Run `selfhost …` in that home, to the end that is expected."""
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*around, sys.executable, "-B", "-m", "selfhost_cli", *words],
         env={"PATH": os.environ["PATH"], "HOME": str(home), "SELFHOST_HOME": str(home)},
         cwd=home,
@@ -94,11 +95,10 @@ def selfhost(
         stdout=out,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=110,
-        check=False,
     )
-    assert done.returncode == code, f"{done.stdout}{done.stderr}"
-    return done
+    told = Answer(*finished(process, home, 110))
+    assert process.returncode == code, f"{told.out}{told.err}"
+    return told
 
 
 def test_the_demo_does_the_whole_job_and_leaves_nothing_behind(home: Path, cache: Path, tmp_path: Path) -> None:
@@ -106,11 +106,11 @@ def test_the_demo_does_the_whole_job_and_leaves_nothing_behind(home: Path, cache
     needed = (home, tmp_path, cache.resolve(), CHECKOUT, Path(sys.prefix), Path(sys.base_prefix))
     alone = ["unshare", "-m", "sh", "-c", ALONE, "sh", left, ":".join(map(str, needed))] if can_be_alone() else []
     done = selfhost(home, "demo", around=alone)
-    assert "simulated GPU" in done.stderr
-    assert "nothing is billed any more" in done.stdout
-    assert "per million tokens" in done.stdout
+    assert "simulated GPU" in done.err
+    assert "nothing is billed any more" in done.out
+    assert "per million tokens" in done.out
     word = (home / "state" / "demo" / "task" / "note.txt").read_text().split()[-1].rstrip(".")
-    assert word in done.stdout.lower()
+    assert word in done.out.lower()
     until(lambda: not processes_of(home))
     assert sorted(entry.name for entry in home.iterdir()) == ["cache", "config", "state"]
     assert changed_since(began, but=[CHECKOUT, home, tmp_path.parent.parent, cache.resolve()]) == []
@@ -119,14 +119,14 @@ def test_the_demo_does_the_whole_job_and_leaves_nothing_behind(home: Path, cache
 
 
 def test_a_kept_demo_can_be_played_with_by_the_commands_that_it_names(home: Path) -> None:
-    assert "slow, and it compacts early" in selfhost(home, "demo", "--keep").stdout
-    assert "ready" in selfhost(home, "--profile", "demo", "status").stdout
-    assert "2.1.330" in selfhost(home, "--profile", "demo", "claude", "--version").stdout
+    assert "slow, and it compacts early" in selfhost(home, "demo", "--keep").out
+    assert "ready" in selfhost(home, "--profile", "demo", "status").out
+    assert "2.1.330" in selfhost(home, "--profile", "demo", "claude", "--version").out
     with open("/dev/full", "w") as full:
-        told = selfhost(home, "--profile", "demo", "up", "--yes", "--json", code=5, out=full).stderr
+        told = selfhost(home, "--profile", "demo", "up", "--yes", "--json", code=5, out=full).err
     assert "is ready and MAY STILL BE BILLING: [Errno 28] No space left on device" in told
     for _ in range(2):
-        assert "nothing is billed any more" in selfhost(home, "--profile", "demo", "down").stdout
+        assert "nothing is billed any more" in selfhost(home, "--profile", "demo", "down").out
     market = demo.find_market(config.paths(demo.PROFILE, {"SELFHOST_HOME": str(home)}))
     assert market
     assert market.billed() == 0
