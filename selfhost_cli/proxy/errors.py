@@ -97,6 +97,11 @@ def error_object(kind: str, message: str, request_id: str) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
+def reason_of(error: Exception) -> str:
+    """Many of the network's have no words."""
+    return str(error) or type(error).__name__
+
+
 def new_id(prefix: str) -> str:
     """All that it has to be is unique."""
     return f"{prefix}_{random.getrandbits(96):024x}"

@@ -8,7 +8,7 @@ import hmac
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -18,16 +18,22 @@ from yarl import URL
 from selfhost_cli.proxy import sse
 from selfhost_cli.proxy.codec import decode
 from selfhost_cli.proxy.contract import Json, load
-from selfhost_cli.proxy.errors import API_ERROR, OVERLOADED, error_object, invalid, not_found, overloaded
-from selfhost_cli.proxy.web import PUBLIC, application, read_body, request_class, trace, upload
+from selfhost_cli.proxy.errors import API_ERROR, OVERLOADED, error_object, invalid, not_found, overloaded, reason_of
+from selfhost_cli.proxy.web import PING_EVERY, PUBLIC, application, read_body, request_class, trace, upload
 
 PROVE = "/selfhost/prove"
 RETRY_AFTER = 5
 BACK_S, SETTLED_S, LOOK_S = 15.0, 2.0, 0.1
 """How long a request that had come to nothing waits for a new connection to the box, unless the old one stays."""
+HEAD_S = 60.0
+"""So long may the second try's head take; of a stream it comes at once."""
+SILENT_S = 6 * PING_EVERY
+"""So long may a stream say nothing: the box's proxy pings in every silence, so that one hangs."""
 PATIENT = aiohttp.ClientTimeout(total=None, connect=10)
 QUICK = aiohttp.ClientTimeout(total=10)
-MAX_JSON = 4 * 2**20
+MAX_JSON = MAX_EVENT = 4 * 2**20
+MAX_HEALTH = 64 * 2**10
+"""Bytes that are held of what a stranger's machine says."""
 NOT_RELAYED = frozenset(
     {
         *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te"),
@@ -67,6 +73,7 @@ class Usage:
 
 
 Control = Callable[[Json], Awaitable[Json]]
+Result = TypeVar("Result")
 
 
 def build_front(
@@ -152,9 +159,9 @@ class _Front:
         try:
             headers = {"authorization": f"Bearer {target.token}"}
             async with self._fresh.get(f"{target.url}/health", headers=headers, timeout=QUICK) as response:
-                box = await response.json(content_type=None)
+                box = decode(await _at_most(MAX_HEALTH, response))
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return {"status": "away", "state": "connected", "reason": _reason(error)}
+            return {"status": "away", "state": "connected", "reason": reason_of(error)}
         if not isinstance(box, dict) or "status" not in box:
             return {"status": "away", "state": "connected", "reason": f"the box answers {response.status}"}
         return box
@@ -167,21 +174,21 @@ class _Front:
         if isinstance(target, Away):
             trace().outcome = "away"
             raise overloaded(f"the box is {target.state}: {target.reason}", target.retry_after)
-        answer, target = await self._ask(http, body, target)
         metered = http.method == hdrs.METH_POST and http.path == "/v1/messages"
+        answer, target = await self._ask(http, body, target, wait=metered)
         trace().cls = request_class(http) if metered else "other"
         meter = _Meter(streaming=answer.content_type == "text/event-stream") if metered else None
         relayed = _Relayed(http, meter)
         try:
             broken = await relayed.run(answer)
-            if broken and (back := await self._back(target)):
+            if broken:
                 answer.close()
-                target = back
-                try:
-                    answer = await _send(self._fresh, http, body, target)
+                again = await relayed.pinging(self._again(http, body, target))
+                if isinstance(again, str):
+                    broken = again or broken
+                else:
+                    answer, target = again
                     broken = await relayed.run(answer)
-                except (aiohttp.ClientError, OSError) as error:
-                    broken = _reason(error)
             if broken:
                 await relayed.fail(broken)
             return relayed.response
@@ -190,8 +197,11 @@ class _Front:
             answer.close()
             self._account(meter, target, http)
 
-    async def _ask(self, http: web.Request, body: bytes, target: Upstream) -> tuple[aiohttp.ClientResponse, Upstream]:
-        """The answer's head. Nothing was produced for the client before it, so one more try does no harm."""
+    async def _ask(
+        self, http: web.Request, body: bytes, target: Upstream, *, wait: bool
+    ) -> tuple[aiohttp.ClientResponse, Upstream]:
+        """The answer's head. Nothing was produced for the client before it, so more tries do no harm: on a connection
+        of its own, and with `wait` on the next connection to the box."""
         try:
             try:
                 return await _send(self._kept, http, body, target), target
@@ -200,14 +210,27 @@ class _Front:
             try:
                 return await _send(self._fresh, http, body, target), target
             except (aiohttp.ClientConnectionError, OSError):
-                back = await self._back(target)
+                back = await self._back(target) if wait else None
                 if not back:
                     raise
                 return await _send(self._fresh, http, body, back), back
         except (aiohttp.ClientError, OSError) as error:
             trace().outcome = "unreachable"
-            message = f"the box of {target.rental} is connected but does not answer: {_reason(error)}"
+            message = f"the box of {target.rental} is connected but does not answer: {reason_of(error)}"
             raise overloaded(message, RETRY_AFTER) from error
+
+    async def _again(
+        self, http: web.Request, body: bytes, broken: Upstream
+    ) -> tuple[aiohttp.ClientResponse, Upstream] | str:
+        """The head of the second try on the next connection; else why there is none, "" when that did not come."""
+        back = await self._back(broken)
+        if back is None:
+            return ""
+        try:
+            async with asyncio.timeout(HEAD_S):
+                return await _send(self._fresh, http, body, back), back
+        except (aiohttp.ClientError, OSError) as error:
+            return reason_of(error)
 
     async def _back(self, broken: Upstream) -> Upstream | None:
         """The next connection after one that broke; None when it does not come in time, or the old one was kept."""
@@ -255,6 +278,16 @@ class _Relayed:
             await self.fail(reason)
         return ""
 
+    async def pinging(self, work: Awaitable[Result]) -> Result:
+        """What comes of it; until then the client hears that somebody is there."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait([task], timeout=PING_EVERY))[0]:
+                await self.response.write(sse.PING)
+            return task.result()
+        finally:
+            task.cancel()
+
     async def _begin(self, answer: aiohttp.ClientResponse) -> None:
         kept = [(key, value) for key, value in answer.headers.items() if key.lower() not in NOT_RELAYED]
         self.response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=CIMultiDict(kept))
@@ -264,17 +297,28 @@ class _Relayed:
     async def _pass_on(self, answer: aiohttp.ClientResponse) -> str:
         """Why it broke off, "" when it is whole."""
         chunks = aiter(answer.content.iter_any())
-        while True:
-            try:
-                chunk = await anext(chunks)
-            except StopAsyncIteration:
-                unfinished = self._meter and self._meter.unfinished
-                return "the stream ended in the middle of the answer" if unfinished else ""
-            except (aiohttp.ClientError, OSError) as error:
-                return _reason(error)
-            trace().mark("first")
-            if whole := self._meter.read(chunk) if self._meter else chunk:
-                await self.response.write(whole)
+        patience = SILENT_S if self._meter and self._meter.streaming else None
+        clock = asyncio.get_running_loop().time
+        try:
+            async with asyncio.timeout(None) as silence:
+                while True:
+                    if patience:
+                        silence.reschedule(clock() + patience)
+                    try:
+                        chunk = await anext(chunks)
+                    except StopAsyncIteration:
+                        unfinished = self._meter and self._meter.unfinished
+                        return "the stream ended in the middle of the answer" if unfinished else ""
+                    except (aiohttp.ClientError, OSError) as error:
+                        return reason_of(error)
+                    silence.reschedule(None)  # how long the client takes is its own affair
+                    trace().mark("first")
+                    if whole := self._meter.read(chunk) if self._meter else chunk:
+                        await self.response.write(whole)
+                    elif self._meter and self._meter.held > MAX_EVENT:
+                        return f"an event of more than {MAX_EVENT // 2**20} MB"
+        except TimeoutError:
+            return f"nothing came for {SILENT_S:.0f} s"
 
     async def fail(self, reason: str) -> None:
         """Never a clean end on a broken answer: an error event where there are events, else a torn connection."""
@@ -306,6 +350,11 @@ class _Meter:
     @property
     def unfinished(self) -> bool:
         return self.streaming and not self._ended
+
+    @property
+    def held(self) -> int:
+        """Bytes of an event that is not whole yet."""
+        return len(self._held)
 
     def read(self, chunk: bytes) -> bytes:
         """What can be passed on now: of events only whole ones, or an error could not follow a broken one."""
@@ -383,5 +432,10 @@ def _count(usage: Json, key: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+async def _at_most(limit: int, response: aiohttp.ClientResponse) -> bytes:
+    """The whole body. Raises ValueError when there is more of it."""
+    try:
+        await response.content.readexactly(limit + 1)
+    except asyncio.IncompleteReadError as error:
+        return error.partial
+    raise ValueError(f"it says more than {limit} bytes")

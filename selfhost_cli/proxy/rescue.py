@@ -264,9 +264,10 @@ class _Attempt:
                     pass
                 case "<tool_response>":
                     # made up by the model; and so is the ground for every call behind it
-                    yield from self._until(_RESPONSE_END, len("</tool_response>"))
-                    yield from self._expect("</tool_response>")
                     grounded = grounded or [*calls]
+                    yield from self._until(_RESPONSE_END, len("</tool_response>"))
+                    if not (yield from self._literal("</tool_response>")):
+                        return grounded  # it went on making that up until it was cut
                 case "<function=":
                     calls.append((yield from self._function(own_line=self._own_line or opened or bool(calls))))
                     opened = False

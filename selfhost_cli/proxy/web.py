@@ -141,6 +141,7 @@ def runner(app: web.Application) -> web.AppRunner:
         keepalive_timeout=HEAD_S,
         max_line_size=4 * MAX_HEAD,
         max_field_size=4 * MAX_HEAD,
+        max_headers=4 * MAX_HEADERS,
     )
 
 
@@ -287,9 +288,12 @@ def _gate(token: str, public: frozenset[str], observe: Callable[[Trace], None] |
             failure = error if isinstance(error, ProxyError) else _worded(error, request)
             status, traced.outcome = failure.status, traced.outcome or failure.kind
             return _answer(failure, traced)
-        except (asyncio.CancelledError, ConnectionError):
+        except asyncio.CancelledError:
             traced.outcome = "client gone"
             raise
+        except ConnectionError as error:
+            traced.outcome = "client gone"
+            raise asyncio.CancelledError from error  # which aiohttp takes for what it is, without a traceback
         except Exception:
             log.exception("id=%s a bug of ours", traced.id)
             status, traced.outcome = 500, "bug"

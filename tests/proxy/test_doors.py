@@ -164,6 +164,8 @@ async def test_a_head_beyond_all_measure_is_refused_too(tmp_path: Path, role: st
     async with opened(role, tmp_path) as door:
         assert (await door.ask("GET", "/v1/models", "x-long: " + "a" * 200_000)).status == 400
         assert (await door.ask("GET", "/v1/models", *[f"x-{n}: a" for n in range(500)])).status in (400, 431)
+        answer = await door.ask("GET", "/v1/models", *[f"x-{n}: a" for n in range(300)])
+        assert_error(answer.status, answer.json, 431, "invalid_request_error")
 
 
 # --- slowness ---

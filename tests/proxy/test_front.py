@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from selfhost_cli.proxy import front as front_module
 from selfhost_cli.proxy import sse
 from selfhost_cli.proxy.errors import ProxyError, invalid
 from selfhost_cli.proxy.front import Away, Upstream, Usage, build_front
@@ -39,6 +40,13 @@ from tests.proxy.kit import (
     types,
     wire,
 )
+
+
+@pytest.fixture(autouse=True)
+def soon_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a connection that is the same after a moment stays the same."""
+    monkeypatch.setattr(front_module, "SETTLED_S", 0.2)
+
 
 FRONT = "front-token"
 AUTH = {"authorization": f"Bearer {FRONT}"}
@@ -368,8 +376,85 @@ async def test_a_stream_that_comes_to_nothing_twice_ends_in_an_error_event() -> 
     first, second = Box(answer=playing(sse.PING, "die")), Box(answer=playing(sse.PING, "die"))
     async with reconnecting(first, second) as front:
         events = await front.stream()
-    assert types(events) == ["ping", "ping", "error"]
+    assert types(events) in (["ping", "ping", "error"], ["ping", "error"])  # what breaks at once may lose its ping
     assert events[-1]["error"]["type"] == "overloaded_error"
+    assert (len(first.seen), len(second.seen)) == (1, 1)
+
+
+@asynchronous
+async def test_while_the_next_connection_is_waited_for_the_client_hears_pings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "PING_EVERY", 0.02)
+    slow = asyncio.Event()
+
+    async def late(http: web.Request) -> web.StreamResponse:
+        await slow.wait()
+        whole: web.StreamResponse = await playing(*HELLO)(http)
+        return whole
+
+    way = reconnecting(Box(answer=playing("die")), Box(answer=late))
+    async with way as front, front.ask("/v1/messages", body=STREAM) as response:
+        events = streamed(response.content.iter_any())
+        assert [(await anext(events))["type"] for _ in range(20)] == ["ping"] * 20
+        slow.set()
+        rest = [event async for event in events]
+    assert types(rest)[-1] == "message_stop"
+    assert "error" not in types(rest)
+
+
+@asynchronous
+async def test_a_connection_that_stays_is_not_waited_for_as_one_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "BACK_S", 60.0)
+    async with asyncio.timeout(20), before(Box(answer=playing(sse.PING, "die"))) as front:
+        assert types(await front.stream())[-1] == "error"
+
+
+@asynchronous
+async def test_what_the_next_connection_refuses_is_an_error_event_and_no_text_in_the_stream() -> None:
+    async def refused(http: web.Request) -> web.Response:
+        return web.json_response({"type": "error", "error": "no room"}, status=400)
+
+    way = reconnecting(Box(answer=playing(sse.PING, "die")), Box(answer=refused))
+    async with way as front, front.ask("/v1/messages", body=STREAM) as response:
+        said = await response.content.read()
+    assert b"no room" not in said
+    assert said.count(b"event: error") == 1
+    assert b"it answers 400 now" in said
+
+
+@pytest.mark.parametrize("begun", [[], [started(), *text("Hel")]], ids=["nothing", "some"])
+@asynchronous
+async def test_a_box_that_falls_silent_in_a_stream_is_told(begun: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "SILENT_S", 0.2)
+    async with before(Box(answer=playing(sse.PING, *begun, asyncio.Event()))) as front:
+        events = await front.stream()
+    assert texts(events) == ("Hel" if begun else "")
+    assert events[-1]["error"]["message"].endswith("nothing came for 0 s")
+
+
+@asynchronous
+async def test_an_event_that_does_not_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "MAX_EVENT", 2**20)
+    endless = playing(started(), b"event: content_block_delta\ndata: ", *[bytes(2**16)] * 40, asyncio.Event())
+    async with before(Box(answer=endless)) as front:
+        events = await front.stream()
+    assert "an event of more than 1 MB" in events[-1]["error"]["message"]
+
+
+@asynchronous
+async def test_no_more_than_a_little_is_read_of_a_boxs_health() -> None:
+    async def talkative(http: web.Request) -> web.Response:
+        return web.json_response({"status": "healthy", "more": "x" * 100_000})
+
+    async with before(Box(answer=talkative)) as front, front.ask("/health", "GET") as response:
+        assert (await response.json())["box"]["reason"] == "it says more than 65536 bytes"
+
+
+@asynchronous
+async def test_only_a_request_for_an_answer_waits_for_the_next_connection() -> None:
+    first, second = Box(drop=9), Box()
+    async with reconnecting(first, second) as front, front.ask("/v1/models", "GET") as response:
+        assert_error(response.status, await response.json(), 529, "overloaded_error")
+    assert second.seen == []
 
 
 @asynchronous

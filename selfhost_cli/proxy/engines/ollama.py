@@ -28,8 +28,8 @@ from selfhost_cli.proxy.engines import (
     ToolCall,
     ToolInput,
 )
-from selfhost_cli.proxy.engines.upstream import PATIENT, Upstream, number, refusal_body
-from selfhost_cli.proxy.errors import EngineBroke, EngineDown, EngineLoading, ProxyError, invalid, too_long
+from selfhost_cli.proxy.engines.upstream import PATIENT, Upstream, joined, number, refusal_body
+from selfhost_cli.proxy.errors import EngineBroke, EngineDown, EngineLoading, ProxyError, invalid, reason_of, too_long
 
 KEEP: Json = {"truncate": False, "shift": False, "keep_alive": -1}
 EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "max"}
@@ -139,11 +139,11 @@ class OllamaEngine(Upstream):
                 answer.fail(response.status, await _error(response))
                 return
             try:
-                async for line in _lines(response.content.iter_any()):
-                    for event in answer.tell(_record(line)):
+                async for lines in _lines(response.content.iter_any()):
+                    for event in joined(event for line in lines for event in answer.tell(_record(line))):
                         yield event
             except (aiohttp.ClientError, OSError) as error:
-                raise answer.broken(f"{self.name} broke off: {error or type(error).__name__}") from error
+                raise answer.broken(f"{self.name} broke off: {reason_of(error)}") from error
             except (KeyError, TypeError, AttributeError) as error:
                 raise EngineBroke(f"{self.name} sent a record of an unknown shape") from error
 
@@ -459,20 +459,18 @@ def _same(name: object, model: str) -> bool:
     return str(name).lower() in (model.lower(), f"{model.lower()}:latest")
 
 
-async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """A line may be a whole file that a call writes, so no limit of a reader's fits."""
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
+    """Those that came in one go. One may be a whole file that a call writes, so no limit of a reader's fits."""
     parts: list[bytes] = []
     async for chunk in chunks:
-        *ended, rest = chunk.split(b"\n")
-        for line in ended:
-            whole = b"".join([*parts, line])
-            parts.clear()
-            if whole.strip():
-                yield whole
-        if rest:
-            parts.append(rest)
+        parts.append(chunk)
+        if b"\n" not in chunk:
+            continue
+        *ended, rest = b"".join(parts).split(b"\n")
+        parts = [rest]
+        yield [line for line in ended if line.strip()]
     if whole := b"".join(parts).strip():
-        yield whole
+        yield [whole]
 
 
 def _record(line: bytes) -> Json:

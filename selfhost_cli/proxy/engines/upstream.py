@@ -15,7 +15,7 @@ import aiohttp
 from selfhost_cli.proxy.codec import decode, encode
 from selfhost_cli.proxy.contract import Json, Request
 from selfhost_cli.proxy.engines import AnswerEvent, Prompt, Text, Thinking
-from selfhost_cli.proxy.errors import EngineBroke, EngineDown, EngineLoading, ProxyError, invalid, too_long
+from selfhost_cli.proxy.errors import EngineBroke, EngineDown, EngineLoading, ProxyError, invalid, reason_of, too_long
 from selfhost_cli.proxy.web import upload
 
 QUICK = aiohttp.ClientTimeout(total=30, connect=5)
@@ -123,12 +123,12 @@ class Upstream:
         try:
             yield
         except (aiohttp.ClientError, OSError) as error:
-            raise EngineBroke(f"{self.name} broke off: {error or type(error).__name__}") from error
+            raise EngineBroke(f"{self.name} broke off: {reason_of(error)}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise EngineBroke(f"{self.name} sent an event of an unknown shape") from error
 
     def _down(self, error: Exception) -> EngineDown:
-        return EngineDown(f"{self.name} does not answer: {error or type(error).__name__}")
+        return EngineDown(f"{self.name} does not answer: {reason_of(error)}")
 
 
 def _session(headers: Mapping[str, str], *, force_close: bool = False) -> aiohttp.ClientSession:
