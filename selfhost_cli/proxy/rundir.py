@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -12,6 +13,8 @@ from selfhost_cli.proxy.errors import EngineDown
 HOST = "127.0.0.1"
 UNREAD = 2**17
 """Bytes that the kernel may keep for a client that does not read (Linux doubles it). By itself it would keep 4 MB."""
+
+log = logging.getLogger("selfhost.proxy")
 
 
 class RunDir:
@@ -36,8 +39,12 @@ class RunDir:
         return self._engine[1]
 
     def touch_activity(self) -> None:
-        """A client is being served now: the watchdog counts idleness from here."""
-        self._activity.touch()
+        """A client is being served now: the watchdog counts idleness from here. Where that cannot be noted it may end
+        the box too early, but requests are answered."""
+        try:
+            self._activity.touch()
+        except OSError as error:
+            log.warning("%s: %s", self._activity, error)
 
     def mark_ready(self) -> None:
         """From the first time on the watchdog counts idleness at all; a restart must not begin that anew."""

@@ -312,10 +312,12 @@ class _EngineSide:
         while True:
             try:
                 health = await self._engine.health()
+                self._run.mark_ready()
             except ProxyError as error:
                 log.debug("not ready: %s", error.message)
+            except OSError as error:
+                log.warning("ready, which cannot be noted: %s", error)
             else:
-                self._run.mark_ready()
                 log.info("ready: %s with %d tokens", self._settings.model, health.context)
                 return
             await asyncio.sleep(self._settings.ready_every)

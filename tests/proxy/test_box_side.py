@@ -27,6 +27,7 @@ from tests.proxy.kit import (
     as_body,
     assert_error,
     asynchronous,
+    check_grammar,
     eventually,
     proxied,
 )
@@ -286,6 +287,16 @@ async def test_only_a_clients_messages_are_activity(tmp_path: Path) -> None:
         assert not (tmp_path / "activity").exists()
         await proxy.answer()
         assert (tmp_path / "activity").exists()
+
+
+@asynchronous
+async def test_activity_that_cannot_be_noted_keeps_nobody_from_an_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "activity").symlink_to(tmp_path / "none" / "activity")  # a full disk has no place for it either
+    async with proxied(LlamaStub(), tmp_path) as proxy:
+        check_grammar(await proxy.stream())
+    assert f"{tmp_path / 'activity'}: [Errno 2]" in caplog.text
 
 
 @pytest.mark.parametrize("body", [STREAM, HI], ids=["stream", "whole"])
