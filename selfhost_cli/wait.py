@@ -23,6 +23,10 @@ class Clock(Protocol):
         """Seconds that never jump, for deadlines."""
         ...
 
+    def since_boot(self) -> float:
+        """Seconds that never jump, and go on while the machine sleeps."""
+        ...
+
     def sleep(self, seconds: float) -> None: ...
 
 
@@ -32,6 +36,9 @@ class SystemClock:
 
     def monotonic(self) -> float:
         return time.monotonic()
+
+    def since_boot(self) -> float:
+        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))  # on macOS the latter does
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

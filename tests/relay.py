@@ -20,6 +20,7 @@ class Relay:
         self.endpoint = Endpoint(*self._listener.getsockname())
         self._open = threading.Event()
         self._open.set()
+        self._stranded = threading.Event()
         self._ends: set[socket.socket] = set()
         self._closing = False
         self.chunk_s = 0.0
@@ -34,6 +35,11 @@ class Relay:
             yield
         finally:
             self._open.set()
+
+    def strand(self) -> None:
+        """Every connection that is there goes silent for good, as when a router forgot it; new ones pass."""
+        self._stranded.set()
+        self._stranded = threading.Event()
 
     def forget(self) -> None:
         """End every connection that is there, from both sides."""
@@ -67,21 +73,25 @@ class Relay:
                 return
             with far:
                 self._ends |= {near, far}
-                back = threading.Thread(target=self._pump, args=(far, near), daemon=True)
+                stranded = self._stranded
+                back = threading.Thread(target=self._pump, args=(far, near, stranded), daemon=True)
                 back.start()
-                self._pump(near, far)
+                self._pump(near, far, stranded)
                 back.join()
                 self._ends -= {near, far}
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, stranded: threading.Event) -> None:
         try:
             while data := source.recv(65536):
                 time.sleep(self.chunk_s)
                 self._open.wait()
-                sink.sendall(data)
+                if not stranded.is_set():
+                    sink.sendall(data)
         except OSError:
             pass
         self._open.wait()
+        if stranded.is_set() and not self._closing:
+            return
         for end in (source, sink):
             try:
                 end.shutdown(socket.SHUT_RDWR)

@@ -23,6 +23,8 @@ ANSWER_S = 5.0
 """A peer that froze is noticed after RENEW_EVERY_S + ANSWER_S at the latest."""
 SIGN_OF_LIFE_S = 2.0
 LOOK_S = 0.25
+NAP_S = 5.0
+"""A look that took so much longer: this machine slept, or had no time for us."""
 KNOCK_EVERY_S = 2.0
 NEXT_DOOR_S = 0.5
 """The market's relay is tried so long after the direct way: direct is faster."""
@@ -121,6 +123,7 @@ class Link(threading.Thread):
         self._candidates: Sequence[Endpoint] = (rental.endpoint,) if rental.endpoint else ()
         """Where the box may be: what worked last comes first, else direct before the market's relay."""
         self._logins: defaultdict[Endpoint, _Backoff] = defaultdict(_Backoff)
+        self._lock = threading.Lock()
         self._market = _Market(rental, endpoints)
 
     def run(self) -> None:
@@ -136,13 +139,13 @@ class Link(threading.Thread):
         self._set(self._end, "", None)
 
     def stop(self, state: LinkState = LinkState.STOPPED) -> None:
-        """Ask the thread to end, and say why; the tunnel closes within the answer's deadline."""
+        """Ask the thread to end, and say why; it does between two requests, each of which has a deadline."""
         self._end = state
         self._stopping.set()
 
     def _open(self) -> Line | None:
         """Knock wherever the box may be until a login works; None when we are to stop."""
-        began, rounds, knocks = self._clock.monotonic(), _Rounds(), Knocks()
+        began, rounds, knocks = self._clock.monotonic(), _Rounds(), Knocks(self._log_in)
         try:
             while not self._stopping.is_set():
                 now = self._clock.monotonic()
@@ -153,43 +156,59 @@ class Link(threading.Thread):
                 admitted = [end for end in self._candidates if self._logins[end].due <= now]
                 for endpoint in rounds.due(now, admitted, keen=now - began < KEEN_S):
                     knocks.at(endpoint)
+                nap = _Nap()
                 answer = knocks.answer(LOOK_S)
-                if answer is None:
+                if nap.over():  # what was put off or asked before it is of no use any more
+                    knocks.close()
+                    if answer and answer.line:
+                        answer.line.close()
+                    began, rounds, knocks = self._clock.monotonic(), _Rounds(), Knocks(self._log_in)
+                    self._logins.clear()
+                    self._market.hurry()
+                elif answer is None:
                     continue
-                if answer.sock is None:
-                    self._set_away(answer.why)
-                elif line := self._log_in(answer.endpoint, answer.sock):
-                    return line
+                elif isinstance(answer.error, SelfhostError):
+                    self._set_away(answer.error.message)
+                elif answer.error:
+                    raise answer.error
+                elif answer.line:
+                    found = answer.endpoint
+                    self._candidates = (found, *(end for end in self._candidates if end != found))
+                    return answer.line
         finally:
             knocks.close()
         return None
 
     def _log_in(self, endpoint: Endpoint, sock: socket.socket) -> Line | None:
-        login = self._logins[endpoint]
-        if login.due > self._clock.monotonic():  # a knock from before the last login failed
-            sock.close()
-            return None
-        try:
-            line = self._open_line(self.rental, endpoint, sock)
-        except SelfhostError as error:
-            self._set_away(error.message)
-            line = None
-        login.failed(self._clock.monotonic())  # until a lease was renewed over it
-        if line:
-            self._candidates = (endpoint, *(end for end in self._candidates if end != endpoint))
-        return line
+        """In the knock's own thread: whoever says nothing from here on keeps nobody from knocking again."""
+        with self._lock:
+            login, now = self._logins[endpoint], self._clock.monotonic()
+            if login.due > now:  # a knock from before the last login began
+                sock.close()
+                return None
+            login.failed(now)  # until a lease was renewed over it
+        return self._open_line(self.rental, endpoint, sock)
 
     def _hold(self, line: Line) -> None:
         """Renew the lease until that fails or we are to stop."""
         try:
             while not self._stopping.is_set() and self._renew(line):
-                due = self._clock.monotonic() + RENEW_EVERY_S
-                while line.alive and self._clock.monotonic() < due and not self._stopping.wait(LOOK_S):
-                    pass
+                if self._rest(line) and not line.answers(SIGN_OF_LIFE_S):
+                    self.reason = "it was lost while this machine slept"
+                    return
         finally:
             self._away = LinkState.RECONNECTING
             self._set_away(self.reason)
             line.close()
+
+    def _rest(self, line: Line) -> bool:
+        """Wait until the lease has to be renewed; whether this machine slept meanwhile."""
+        due, nap = self._clock.monotonic() + RENEW_EVERY_S, _Nap()
+        while line.alive and self._clock.monotonic() < due and not self._stopping.wait(LOOK_S):
+            if nap.over():
+                return True
+            nap = _Nap()
+        return False
 
     def _renew(self, line: Line) -> bool:
         """False when the line is of no use any more."""
@@ -239,6 +258,16 @@ class Link(threading.Thread):
             log.info("box %s: %s %s", self.rental.instance_id, state, reason)
         if changed:
             self._on_change(self.rental, state, reason)
+
+
+class _Nap:
+    """Begins with a look, and tells after it whether nobody was awake meanwhile."""
+
+    def __init__(self) -> None:
+        self._began = SYSTEM.since_boot()
+
+    def over(self) -> bool:
+        return SYSTEM.since_boot() - self._began > NAP_S
 
 
 class _Backoff:
@@ -292,6 +321,10 @@ class _Market:
         """Where the box may be; what was known, in its order, when the market says the same."""
         found, self._found = self._found, ()
         return found if found and set(found) != set(known) else known
+
+    def hurry(self) -> None:
+        """Ask as if it were the first time."""
+        self._again = _Backoff()
 
     def forget(self) -> None:
         """The box was reached: what comes next is another loss."""

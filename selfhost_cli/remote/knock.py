@@ -6,7 +6,9 @@ import queue
 import socket
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from selfhost_cli.model import Endpoint
 from selfhost_cli.remote import NotYet
@@ -34,20 +36,32 @@ def knock(endpoint: Endpoint, seconds: float) -> socket.socket:
     raise NotYet(f"{endpoint} {why}")
 
 
+class Closable(Protocol):
+    """What a login makes of a connection."""
+
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=Closable)
+
+
 @dataclass(frozen=True)
-class Answer:
-    """What came of one knock: a connection, or why there is none."""
+class Answer(Generic[T]):
+    """What came of one knock: what the login made of it, or why there is none."""
 
     endpoint: Endpoint
-    sock: socket.socket | None
-    why: str = ""
+    line: T | None = None
+    error: Exception | None = None
+    """None as well when the login was put off."""
 
 
-class Knocks:
-    """Knocks that do not wait for each other: name lookups hang, and silence lasts until its deadline."""
+class Knocks(Generic[T]):
+    """Knocks, and the logins after them, that do not wait for each other: name lookups hang, silence has a deadline."""
 
-    def __init__(self) -> None:
-        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+    def __init__(self, log_in: Callable[[Endpoint, socket.socket], T | None]) -> None:
+        """`log_in` is called in the thread of each knock that is answered; None when it is put off."""
+        self._log_in = log_in
+        self._answers: queue.SimpleQueue[Answer[T]] = queue.SimpleQueue()
         self._waiting: Counter[Endpoint] = Counter()
         self._lock = threading.Lock()
         self._over = False
@@ -60,7 +74,7 @@ class Knocks:
             self._waiting[endpoint] += 1
         threading.Thread(target=self._knock, args=(endpoint,), name=f"knock-{endpoint}", daemon=True).start()
 
-    def answer(self, seconds: float) -> Answer | None:
+    def answer(self, seconds: float) -> Answer[T] | None:
         """The next answer, None when there is none in time."""
         try:
             return self._answers.get(timeout=max(0.0, seconds))
@@ -72,17 +86,18 @@ class Knocks:
         with self._lock:
             self._over = True
         while (left := self.answer(0.0)) is not None:
-            if left.sock:
-                left.sock.close()
+            if left.line:
+                left.line.close()
 
     def _knock(self, endpoint: Endpoint) -> None:
         try:
-            answer = Answer(endpoint, knock(endpoint, PATIENCE_S))
-        except NotYet as error:
-            answer = Answer(endpoint, None, error.message)
+            answer = Answer(endpoint, self._log_in(endpoint, knock(endpoint, PATIENCE_S)))
+        except Exception as error:  # a bug as well, for who asks to tell
+            answer = Answer(endpoint, error=error)
         with self._lock:
             self._waiting[endpoint] -= 1
-            if not self._over:
+            late = self._over
+            if not late:
                 self._answers.put(answer)
-            elif answer.sock:
-                answer.sock.close()
+        if late and answer.line:
+            answer.line.close()

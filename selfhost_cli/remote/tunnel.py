@@ -134,6 +134,9 @@ class _Stream:
                 down.start()
                 self._up(channel)
                 down.join()
+            except RuntimeError as error:  # out of threads
+                self._cut()
+                raise ConnectionLost(f"a stream could not begin: {error}") from error
             finally:
                 _close(channel)
 

@@ -2,18 +2,25 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from selfhost_cli.model import BoxSpec, BoxState, Endpoint, Need
+from selfhost_cli.keeper.links import Line, Link, LinkState
+from selfhost_cli.model import BoxSpec, BoxState, Endpoint, Need, Rental, State
 from selfhost_cli.providers.vast import VastProvider
 from selfhost_cli.remote import NotYet
-from selfhost_cli.remote.ssh import connect, make_key
+from selfhost_cli.remote.ssh import connect, log_in, make_key
+from selfhost_cli.remote.tunnel import Tunnel
+from tests.fakes.rental import make_rental
+from tests.integration.apart import Apart
+from tests.relay import Relay
 from tests.sandbox.market_process import MarketProcess
 from tests.waiting import until
 
@@ -102,3 +109,81 @@ def box(market: MarketProcess, tmp_path_factory: pytest.TempPathFactory) -> Iter
     until(made.lets_us_in)
     yield made
     provider.destroy(number)
+
+
+@dataclass
+class Watched:
+    """A link, and when it changed to what, by its own account."""
+
+    link: Link
+    changes: list[tuple[float, LinkState, str]] = field(default_factory=list)
+
+    def when(self, state: LinkState, since: float = 0.0) -> float:
+        """The moment it changed to that state for the first time since then; waits for it."""
+        found = until(lambda: next((at for at, now, _ in self.changes if now is state and at >= since), None), 60)
+        assert found
+        return found
+
+
+Watch = Callable[..., Watched]
+
+
+@pytest.fixture
+def watch(box: Box) -> Iterator[Watch]:
+    made: list[Watched] = []
+
+    def open_line(rental: Rental, endpoint: Endpoint, sock: socket.socket) -> Line:
+        remote = log_in(sock, endpoint, rental.host_key, box.login_key)
+        return remote if rental.proxy_port is None else Tunnel(remote, rental.proxy_port)
+
+    def make(
+        endpoint: Endpoint | None = box.endpoint,
+        endpoints: Callable[[Rental], Sequence[Endpoint] | None] = lambda rental: (),
+        **changes: object,
+    ) -> Watched:
+        facts = {"state": State.READY, "instance_id": 1, "proxy_port": 80, "host_key": box.host_key} | changes
+        rental = make_rental(endpoint=endpoint, **facts)
+        changed: list[tuple[float, LinkState, str]] = []
+
+        def note(rental: Rental, state: LinkState, reason: str) -> None:
+            changed.append((time.monotonic(), state, reason))
+
+        made.append(Watched(Link(rental, open_line, endpoints, on_change=note), changed))
+        made[-1].link.start()
+        return made[-1]
+
+    (box.home / ".selfhost" / "run").mkdir(parents=True, exist_ok=True)
+    yield make
+    for watched in made:
+        watched.link.stop()
+    for watched in made:
+        watched.link.join(30)
+        assert not watched.link.is_alive()
+        assert watched.link.state is LinkState.STOPPED
+
+
+@pytest.fixture
+def relay(box: Box) -> Iterator[Relay]:
+    relay = Relay(box.endpoint.port)
+    yield relay
+    relay.close()
+
+
+Keep = Callable[..., Apart]
+
+
+@pytest.fixture
+def keep(box: Box) -> Iterator[Keep]:
+    """Makes links that are up, each in a process of its own, so that it can fall asleep."""
+    made: list[Apart] = []
+
+    def make(endpoint: Endpoint, *market: Endpoint) -> Apart:
+        facts = {"host_key": box.host_key, "login_key": str(box.login_key), "endpoint": endpoint, "market": market}
+        made.append(Apart("link", **facts, proxy_port=80))
+        made[-1].heard(state=LinkState.UP)
+        return made[-1]
+
+    (box.home / ".selfhost" / "run").mkdir(parents=True, exist_ok=True)
+    yield make
+    for apart in made:
+        apart.close()

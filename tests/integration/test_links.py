@@ -3,85 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from selfhost_cli.keeper.links import Line, Link, LinkState
-from selfhost_cli.model import Endpoint, Rental, State
-from selfhost_cli.remote.ssh import log_in, make_key
-from selfhost_cli.remote.tunnel import Tunnel
-from tests.fakes.rental import make_rental
-from tests.integration.conftest import Box
+from selfhost_cli.keeper import links
+from selfhost_cli.keeper.links import LinkState
+from selfhost_cli.model import Endpoint, Rental
+from selfhost_cli.remote.ssh import make_key
+from tests import netns
+from tests.integration.conftest import Box, Watch, Watched
 from tests.relay import Relay
 from tests.waiting import until
 
 pytestmark = pytest.mark.box
 
 NOBODY = Endpoint("127.0.0.1", 9)  # the discard port: nothing listens there
-
-
-@dataclass
-class Watched:
-    """A link, and when it changed to what, by its own account."""
-
-    link: Link
-    changes: list[tuple[float, LinkState, str]] = field(default_factory=list)
-
-    def when(self, state: LinkState, since: float = 0.0) -> float:
-        """The moment it changed to that state for the first time since then; waits for it."""
-        found = until(lambda: next((at for at, now, _ in self.changes if now is state and at >= since), None), 60)
-        assert found
-        return found
-
-
-@pytest.fixture
-def watch(box: Box) -> Iterator[Callable[..., Watched]]:
-    made: list[Watched] = []
-
-    def open_line(rental: Rental, endpoint: Endpoint, sock: socket.socket) -> Line:
-        remote = log_in(sock, endpoint, rental.host_key, box.login_key)
-        return remote if rental.proxy_port is None else Tunnel(remote, rental.proxy_port)
-
-    def make(
-        endpoint: Endpoint | None = box.endpoint,
-        endpoints: Callable[[Rental], Sequence[Endpoint] | None] = lambda rental: (),
-        **changes: object,
-    ) -> Watched:
-        facts = {"state": State.READY, "instance_id": 1, "proxy_port": 80, "host_key": box.host_key} | changes
-        rental = make_rental(endpoint=endpoint, **facts)
-        changed: list[tuple[float, LinkState, str]] = []
-
-        def note(rental: Rental, state: LinkState, reason: str) -> None:
-            changed.append((time.monotonic(), state, reason))
-
-        made.append(Watched(Link(rental, open_line, endpoints, on_change=note), changed))
-        made[-1].link.start()
-        return made[-1]
-
-    (box.home / ".selfhost" / "run").mkdir(parents=True, exist_ok=True)
-    yield make
-    for watched in made:
-        watched.link.stop()
-    for watched in made:
-        watched.link.join(30)
-        assert not watched.link.is_alive()
-        assert watched.link.state is LinkState.STOPPED
-
-
-@pytest.fixture
-def relay(box: Box) -> Iterator[Relay]:
-    relay = Relay(box.endpoint.port)
-    yield relay
-    relay.close()
-
-
-Watch = Callable[..., Watched]
 
 
 def test_a_link_comes_up_and_renews_the_lease(watch: Watch, box: Box) -> None:
@@ -127,6 +71,89 @@ def test_a_lease_that_cannot_be_renewed_is_told_and_requests_still_pass(watch: W
     finally:
         run.with_name("away").rename(run)
     watched.when(LinkState.UP, since=at)
+
+
+def test_a_box_whose_disk_is_full_carries_requests_and_says_what_its_lease_lacks(
+    watch: Watch, box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "RENEW_EVERY_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        watched = watch(proxy_port=server.getsockname()[1])
+        watched.when(LinkState.UP)
+        with small_disk(box, "nr_inodes=1"):
+            at = watched.when(LinkState.DEGRADED)
+            assert re.fullmatch("the box cannot renew its lease: .*run/lease.*No space left on.*", watched.link.reason)
+            assert passes(watched, server)
+        at = watched.when(LinkState.UP, since=at)
+        with small_disk(box, "size=4k", "touch lease; head -c 9999 /dev/zero >full; true"):  # no byte, but a lease
+            began = time.monotonic()
+            until(lambda: time.monotonic() - began > 1)
+            assert passes(watched, server)
+        assert watched.link.state is LinkState.UP
+        assert watched.changes[-1][0] == at
+
+
+@contextmanager
+def small_disk(box: Box, size: str, first: str = "true") -> Iterator[None]:
+    """The box's run directory is on a disk of its own meanwhile, which a script may have filled before."""
+    run, theirs = box.home / ".selfhost" / "run", ["--target", str(box.sshd), "--mount"]
+    if os.getuid() or Path(f"/proc/{box.sshd}/ns/mnt").readlink() == Path("/proc/self/ns/mnt").readlink():
+        pytest.skip("mounts need root (a directory that is away stands in for them, see the test before)")
+    made = run.with_name("small")
+    made.mkdir(exist_ok=True)
+    netns.run([*theirs, "mount", "-t", "tmpfs", "-o", size, "none", str(made)])
+    netns.run([*theirs, "sh", "-c", f"cd '{made}' && {first}"])
+    netns.run([*theirs, "mount", "--move", str(made), str(run)])
+    try:
+        yield
+    finally:
+        netns.run([*theirs, "umount", str(run)])
+
+
+def heard_after(watched: Watched, moment: float) -> bool:
+    return until(lambda: watched.link.last is not None and watched.link.last.at > moment)
+
+
+def passes(watched: Watched, server: socket.socket) -> bool:
+    assert watched.link.port
+    with socket.create_connection(("127.0.0.1", watched.link.port), timeout=20) as client, server.accept()[0] as peer:
+        client.sendall(b"hello")
+        return peer.recv(5) == b"hello"
+
+
+@pytest.mark.parametrize("hours", [5, -5])
+def test_a_clock_that_is_set_is_no_loss_and_keeps_no_renewal(
+    watch: Watch, box: Box, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """Deadlines go by a clock that nobody sets; when something was heard is told by the one that people read."""
+    monkeypatch.setattr(links, "RENEW_EVERY_S", 0.1)
+    (box.home / ".selfhost" / "run" / "watch").write_text("1/2/1/2 3600 4 120 0.4500\n")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        watched = watch(proxy_port=server.getsockname()[1])
+        watched.when(LinkState.UP)
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
+        for _ in range(3):
+            assert heard_after(watched, time.time())
+            assert passes(watched, server)
+    assert [state for _, state, _ in watched.changes] == [LinkState.UP]
+    assert watched.link.down_since is None
+
+
+@pytest.mark.long
+def test_a_frozen_peer_is_noticed_though_the_clock_stands(
+    watch: Watch, box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does for who waits by it, when it was set back."""
+    watched = watch()
+    watched.when(LinkState.UP)
+    stands = time.time()
+    monkeypatch.setattr(time, "time", lambda: stands)
+    with box.frozen(box.sshd, *box.sessions()):
+        frozen = time.monotonic()
+        assert watched.when(LinkState.RECONNECTING, since=frozen) - frozen <= 10
+        thawed = time.monotonic()
+    assert watched.when(LinkState.UP, since=thawed) - thawed <= 3
 
 
 @pytest.mark.long

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import socket
 import stat
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import paramiko
 import pytest
 
 from selfhost_cli.model import Endpoint
@@ -20,6 +20,7 @@ from selfhost_cli.remote import ConnectionLost, NotYet, OtherKey, ssh
 from selfhost_cli.remote.knock import knock
 from selfhost_cli.remote.ssh import SshRemote, connect, make_key
 from selfhost_cli.remote.tunnel import Tunnel
+from tests.integration.apart import Apart
 from tests.integration.conftest import Box
 from tests.relay import Relay
 from tests.waiting import until
@@ -57,6 +58,13 @@ def test_output_of_both_streams_is_whole_even_when_large(remote: SshRemote) -> N
 
 
 def test_silence_beyond_the_timeout_is_a_lost_connection(remote: SshRemote) -> None:
+    with pytest.raises(ConnectionLost, match="nothing heard"):
+        remote.run("sleep 30", timeout=0.5)
+
+
+def test_silence_is_noticed_though_the_clock_stands(remote: SshRemote, monkeypatch: pytest.MonkeyPatch) -> None:
+    stands = time.time()
+    monkeypatch.setattr(time, "time", lambda: stands)
     with pytest.raises(ConnectionLost, match="nothing heard"):
         remote.run("sleep 30", timeout=0.5)
 
@@ -157,13 +165,6 @@ def make_tunnel(box: Box) -> Iterator[Callable[..., Tunnel]]:
         tunnel.close()
 
 
-@pytest.fixture
-def relay(box: Box) -> Iterator[Relay]:
-    relay = Relay(box.endpoint.port)
-    yield relay
-    relay.close()
-
-
 MakeTunnel = Callable[..., Tunnel]
 
 
@@ -245,6 +246,30 @@ def test_a_port_where_nothing_listens_on_the_box_is_a_reset(make_tunnel: MakeTun
         with dial(tunnel) as peer, pytest.raises(ConnectionResetError):
             peer.recv(1)
     assert tunnel.alive
+
+
+def test_a_clock_that_is_set_forward_ends_no_stream_that_begins(
+    make_tunnel: MakeTunnel, box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked = time.time, threading.Event()
+
+    def later() -> float:
+        asked.set()
+        return now() + 3600 * 5
+
+    with server(echo) as port:
+        tunnel = make_tunnel(port)
+        with box.frozen(*box.sessions()):
+            peer = dial(tunnel)
+            until(lambda: any(thread.name.startswith("up-") for thread in threading.enumerate()))
+            began = time.monotonic()
+            until(lambda: time.monotonic() - began > 0.3)  # it waits for the box's answer
+            monkeypatch.setattr(time, "time", later)
+            asked.clear()
+            assert asked.wait(5)
+        with peer:
+            peer.sendall(b"hello")
+            assert peer.recv(5) == b"hello"
 
 
 def test_one_that_hangs_up_in_the_middle_of_an_answer_ends_it_on_the_box(make_tunnel: MakeTunnel) -> None:
@@ -343,25 +368,48 @@ def test_a_server_that_greets_and_then_says_nothing_is_not_yet(box: Box, monkeyp
         connect(Endpoint("127.0.0.1", port), box.host_key, box.login_key)
 
 
-@pytest.mark.long
-def test_the_port_outlives_a_shortage_of_descriptors(make_tunnel: MakeTunnel, caplog: pytest.LogCaptureFixture) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with server(echo) as port, ExitStack() as hoard:
-        tunnel = make_tunnel(port)
-        peers = [hoard.enter_context(socket.socket()) for _ in range(40)]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
-        try:
-            for peer in peers:  # somebody else in this process may have closed one just then
-                with suppress(OSError):
-                    for _ in range(256):
-                        hoard.enter_context(open(os.devnull, "rb"))
-                peer.settimeout(20)
-                peer.connect(("127.0.0.1", tunnel.port))
-                with suppress(AssertionError):
-                    until(lambda: "Too many open files" in caplog.text, 2)
-                    break
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        assert "Too many open files" in caplog.text
-        peer.sendall(b"hello")
-        assert peer.recv(5) == b"hello"
+def test_a_login_that_is_not_answered_is_not_yet_though_the_clock_stands(
+    box: Box, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    private, public = make_key("host")
+    key, over, stands = tmp_path / "key", threading.Event(), time.time()
+    key.write_text(private)
+
+    class Silent(paramiko.ServerInterface):
+        def get_allowed_auths(self, username: str) -> str:
+            return "publickey"
+
+        def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+            over.wait(60)
+            return paramiko.AUTH_FAILED
+
+    def serve(peer: socket.socket) -> None:
+        transport = paramiko.Transport(peer)
+        transport.add_server_key(ssh.load_login(key))
+        transport.start_server(threading.Event(), Silent())
+        over.wait(60)
+        transport.close()
+
+    monkeypatch.setattr(ssh, "CONNECT_S", 1.0)
+    with server(serve) as port:
+        sock = knock(Endpoint("127.0.0.1", port), 5)
+        monkeypatch.setattr(time, "time", lambda: stands)
+        with pytest.raises(NotYet, match="the handshake broke off"):
+            ssh.log_in(sock, Endpoint("127.0.0.1", port), public, box.login_key)
+        over.set()
+
+
+def test_the_port_outlives_a_shortage_of_descriptors(box: Box) -> None:
+    """In a process of its own: nobody else there opens or closes any, or has its logging turned off."""
+    with server(echo) as port:
+        facts = {"host_key": box.host_key, "login_key": str(box.login_key), "endpoint": box.endpoint, "port": port}
+        starving = Apart("tunnel", **facts)
+        port = starving.heard_of("port")
+        starving.tell("hoard")
+        starving.heard(done="hoard")
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as peer:
+            starving.heard(log=f"port {port}: [Errno 24] Too many open files")
+            starving.tell("release")
+            peer.sendall(b"hello")
+            assert peer.recv(5) == b"hello"
+        starving.close()

@@ -120,6 +120,18 @@ def test_claude_gets_arguments_stdin_and_directory_and_keeps_its_exit_code(user:
     assert [(name, header) for name, header, _ in front.seen] == [("prove", None), ("state", f"Bearer {TOKEN}")]
 
 
+def test_a_variable_of_the_old_system_is_told_once_on_stderr(user: User) -> None:
+    user.rent(State.READY).close()
+    with StubFront(TOKEN, state()) as front:
+        user.keeper(front)
+        first, second = (user.selfhost("claude", MODEL_NAME="x", REDIS_URL="redis://:pw@host") for _ in range(2))
+    assert (
+        first.stderr
+        == "selfhost: REDIS_URL and MODEL_NAME are not used: `selfhost config show` tells what is, instead\n"
+    )
+    assert (first.returncode, second.returncode, second.stderr) == (42, 42, "")
+
+
 def test_claude_is_the_same_process_and_dies_of_its_own_signals(user: User) -> None:
     user.rent(State.READY).close()
     with StubFront(TOKEN, state()) as front:
@@ -274,6 +286,9 @@ class Clock:
         return self.now
 
     def monotonic(self) -> float:
+        return self.now
+
+    def since_boot(self) -> float:
         return self.now
 
     def sleep(self, seconds: float) -> None:

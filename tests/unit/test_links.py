@@ -14,6 +14,7 @@ from selfhost_cli.keeper import links
 from selfhost_cli.keeper.links import Link, LinkState, _Backoff, _Market, _Rounds
 from selfhost_cli.model import Endpoint, Rental
 from selfhost_cli.remote import ConnectionLost, OtherKey, Result
+from selfhost_cli.wait import SYSTEM
 from tests.fakes.rental import make_rental
 from tests.waiting import until
 
@@ -138,3 +139,28 @@ def test_logins_that_lead_nowhere_are_not_hammered_at(door: Endpoint, refuse: bo
     link.stop(LinkState.REPLACED)
     link.join(20)
     assert link.state is LinkState.REPLACED
+
+
+def test_after_a_sleep_nothing_that_was_put_off_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was away for long already: the next knock would come in 7 s at the earliest."""
+    slept = 0.0
+    now = SYSTEM.since_boot
+    monkeypatch.setattr(SYSTEM, "since_boot", lambda: now() + slept)
+    monkeypatch.setattr(links, "KEEN_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+        link = Link(make_rental(endpoint=Endpoint(*listener.getsockname())), no_line, lambda rental: ())
+        link.start()
+        with listener.accept()[0]:
+            listener.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                listener.accept()
+            slept = 8 * 3600.0
+            listener.settimeout(5)
+            listener.accept()[0].close()
+        link.stop()
+        link.join(20)
+
+
+def no_line(rental: Rental, endpoint: Endpoint, sock: socket.socket) -> LostAtOnce:
+    raise AssertionError("nobody greeted")
