@@ -10,6 +10,7 @@
     ├── Superseded           1  another command (usually `down`) took the rental over
     └── MarketError          1  the market said no
         ├── MarketUnreachable   no answer, or one that makes no sense
+        │   └── TooOften        it wants silence for a while
         ├── KeyRefused       3  the account key is wrong or lacks a permission
         ├── NoCredit         3  the account cannot pay
         ├── OfferGone           somebody else was faster: try the next offer
@@ -75,6 +76,14 @@ class MarketError(SelfhostError):
 
 class MarketUnreachable(MarketError):
     """No answer, a server error, a rate limit, or an answer whose shape is not the contract's."""
+
+
+class TooOften(MarketUnreachable):
+    """A rate limit: nothing was done. `seconds`: not to be asked again before that."""
+
+    def __init__(self, message: str, remedy: str = "", *, seconds: float) -> None:
+        super().__init__(message, remedy)
+        self.seconds = seconds
 
 
 class KeyRefused(MarketError):

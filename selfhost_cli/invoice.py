@@ -85,15 +85,16 @@ def invoice(rental: Rental, usage: Usage, *, now: float) -> Invoice:
 def ended(rental: Rental, now: float) -> float:
     """When its bill ended, as far as we know: proven gone, unless its own watchdog had to end it before.
 
-    Hours may pass until somebody looks; the watchdog was there all the time.
+    Hours may pass until somebody looks; the watchdog was there all the time, if it has one. That the box was seen
+    to run later counts for more.
     """
     return max(_seen(rental), min(rental.ended_at or now, _deadline(rental, now)))
 
 
 def covers(charges: Charges, rental: Rental, *, now: float) -> bool:
     """Whether the market's figures are about all of an ended rental: they may lag behind."""
-    if charges.until is None:
-        return True
+    if charges.until is None:  # nobody says that such a row is about all of it
+        return now - ended(rental, now) > SETTLED_S
     return charges.until >= ended(rental, now) - SLACK_S or now - charges.until > SETTLED_S
 
 
@@ -137,12 +138,14 @@ def _ran_from(rental: Rental) -> float | None:
 def _seen(rental: Rental) -> float:
     """The last time that we surely knew it to exist."""
     heard = rental.heard.at if rental.heard else None
-    known = (rental.created_at, rental.sent_at, rental.running_at, rental.ready_at, heard)
+    known = (rental.created_at, rental.sent_at, rental.running_at, rental.ready_at, heard, rental.seen_at)
     return max(at for at in known if at is not None)
 
 
 def _deadline(rental: Rental, now: float) -> float:
-    """When its watchdog had to end it, going by what was heard last."""
+    """When its watchdog had to end it, going by what was heard last; never where none is armed."""
+    if not rental.guarded:
+        return float("inf")
     if rental.heard:
         ends = projected(rental, rental.heard, now=now, away=True)
     else:

@@ -165,11 +165,15 @@ class Ledger:
                 db, replace(current, state=State.ENDING, reason=reason, blameless=blameless or current.blameless)
             )
 
-    def ended(self, label: str, at: float, reason: str = "") -> Rental:
-        """Record that it is proven gone, or, with the reason, that it never was. The first reason stays."""
+    def ended(self, label: str, at: float, reason: str = "", *, seen: float | None = None) -> Rental:
+        """Record that it is proven gone, or, with the reason, that it never was. The first reason stays.
+
+        `seen`: when the market still said that it ran.
+        """
         with self._transaction() as db:
             current = self._current(db, label)
             gone = replace(current, state=State.ENDED, ended_at=current.ended_at or at, reason=current.reason or reason)
+            gone = replace(gone, seen_at=current.seen_at or seen)
             return self._write(db, gone)
 
     def amend(self, label: str, **facts: Any) -> Rental:

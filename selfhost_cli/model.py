@@ -216,6 +216,12 @@ class Rental:
     """`host_key` still is the one that travelled in onstart, where the market can read it."""
     next_host_key: str = ""
     """The one that the box made itself, while it takes the place of `host_key`."""
+    ceiling: float | None = None
+    """$/h: what it may cost at most, as confirmed; None in records of older versions."""
+    dph_told: float | None = None
+    """$/h that its watchdog counts with; None in records of older versions."""
+    seen_at: float | None = None
+    """When the market last said that it ran, where its own watchdog had to end it before; just ahead of its destroy."""
 
     @property
     def host_keys(self) -> tuple[str, ...]:

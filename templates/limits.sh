@@ -1,6 +1,7 @@
 #!/bin/sh
 # limits.sh [NAME=VALUE …]: moves what ends this box by itself, and tells what holds, one NAME=VALUE a line.
-# NAME: LEASE_S, IDLE_S or MAX_S (seconds), MAX_DOLLARS. The last line, WATCH=…, is what the watchdog measured last.
+# NAME: LEASE_S, IDLE_S or MAX_S (seconds), MAX_DOLLARS; DPH ($/h that dollars are counted with) is moved, and not told.
+# The last line, WATCH=…, is what the watchdog measured last.
 #
 # Nothing else writes run/limits. It is reached over ssh alone (`selfhost extend`): nothing that talks to the proxy can
 # give a box more time. The watchdog reads it at every look, after what the create call said.
@@ -8,7 +9,7 @@
 umask 077
 cd "$HOME/.selfhost/run" || exit 1
 
-FORM='(LEASE_S|IDLE_S|MAX_S|MAX_DOLLARS)=[0-9]{1,9}(\.[0-9]{1,6})?'
+FORM='(LEASE_S|IDLE_S|MAX_S|MAX_DOLLARS|DPH)=[0-9]{1,9}(\.[0-9]{1,6})?'
 
 main() {
   exec 9>limits.lock

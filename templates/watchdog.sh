@@ -51,7 +51,7 @@ look() {
   l=$(stat -c %Y lease)
   a=
   [ -e ready ] && a=$(stat -c %Y ready activity | sort -n | tail -n 1)
-  eval "$(grep -xE 'SELFHOST_(LEASE_S|IDLE_S|MAX_S|MAX_DOLLARS)=[0-9]+(\.[0-9]+)?' limits)"
+  eval "$(grep -xE 'SELFHOST_(LEASE_S|IDLE_S|MAX_S|MAX_DOLLARS|DPH)=[0-9]+(\.[0-9]+)?' limits)"
   # shellcheck disable=SC2002
   cat "${SELFHOST_NET_DEV:-/proc/net/dev}" | awk -v n="$(date +%s)" -v s="$t0" -v l="${l:-$t0}" -v a="$a" -v b="$b" '
     function g(k, d) { k = ENVIRON["SELFHOST_" k]; return k == "" ? d : k + 0 }

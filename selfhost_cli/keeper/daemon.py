@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
 from aiohttp import web
@@ -32,6 +32,8 @@ from selfhost_cli.proxy.web import runner as hosted
 TICK_S = 1.0
 IDLE_EXIT_S = 3.0
 PORTS = 50
+REASONS = 8
+"""Of one state of a link, so many are noted at most: what a box says may be in them."""
 
 log = logging.getLogger("selfhost.keeper")
 
@@ -68,7 +70,7 @@ class _Keeper:
         self._up = ProcessLock(settings.paths.up_lock)
         self._links: dict[str, Link] = {}
         self._rentals: list[Rental] = []
-        self._told: dict[str, LinkState] = {}
+        self._told: dict[str, tuple[LinkState, frozenset[str]]] = {}
         self._deadlines = Deadlines(settings)
         self._warnings = countdown.Warnings()
         self._notice = Notice(settings.paths, settings.profile)
@@ -76,6 +78,7 @@ class _Keeper:
         self._stop = asyncio.Event()
         # One worker: whatever ends boxes does so one after the other, with a ledger of its own thread.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="ending")
+        self._at_work: dict[str, Future[None]] = {}
 
     async def live(self) -> None:
         loop = asyncio.get_running_loop()
@@ -149,13 +152,16 @@ class _Keeper:
                 self._links[label].start()
 
     def _note_links(self) -> None:
-        """Each link's states, in the ledger."""
+        """Each link's states, in the ledger, with the reasons that it had."""
         for label, link in self._links.items():
             self._tell(label, link.state, link.reason)
 
     def _tell(self, label: str, state: LinkState, reason: str = "") -> None:
-        if self._told.get(label) is not state:
-            self._told[label] = state
+        before, reasons = self._told.get(label, (None, frozenset()))
+        if before is not state:
+            reasons = frozenset()
+        if reason not in reasons and len(reasons) < REASONS:
+            self._told[label] = state, reasons | {reason}
             try:
                 self._ledger.tell(label, "link", f"{state} {reason}".rstrip())
             except SelfhostError as error:  # what is only told must not keep anybody from looking after boxes
@@ -183,8 +189,9 @@ class _Keeper:
         for rental in self._rentals:
             link = self._links.get(rental.label)
             watch = Watch(link.down_since, link.last, link.heard.verdict if link.heard else "") if link else None
-            if work := self._deadlines.due(rental, watch):
-                self._worker.submit(self._work, work, rental)
+            work, before = self._deadlines.due(rental, watch), self._at_work.get(rental.label)
+            if work and (before is None or before.done()):  # else what is due later would wait behind stale questions
+                self._at_work[rental.label] = self._worker.submit(self._work, work, rental)
 
     def _warn(self) -> None:
         """Before a cap or idleness ends a box: in the log, as in `status`, and where Claude Code shows it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from selfhost_cli import countdown, lifecycle
 from selfhost_cli.config import Settings
@@ -47,6 +47,7 @@ class Deadlines:
     def __init__(self, settings: Settings, clock: Clock = SYSTEM) -> None:
         self._settings = settings
         self._clock = clock
+        self._booted = clock.time() - clock.since_boot()
         self._up = ProcessLock(settings.paths.up_lock)
         self._since: dict[tuple[str, str], float] = {}
         self._figures: dict[str, Heard] = {}
@@ -88,7 +89,7 @@ class Deadlines:
         """
         if self._lasts(rental, "verdict", bool(watch.verdict), VERDICT_S):
             return f"its watchdog could not end it: {watch.verdict[:REASON]}"
-        now, last = self._clock.time(), self._last_figures(rental, watch)
+        now, last = self._now(), self._last_figures(rental, watch)
         watched = last is not None and now - last.at <= SILENT_S
         if not self._lasts(rental, "unwatched", not watched, SILENT_S):
             return ""
@@ -101,8 +102,13 @@ class Deadlines:
         """The newest of them, as of when they were first seen: a dead watchdog's file can be read for ever."""
         new, known = watch.heard or rental.heard, self._figures.get(rental.label)
         if new and (known is None or new.up_s != known.up_s):
-            self._figures[rental.label] = known = new
+            age = max(0.0, self._clock.time() - new.at)
+            self._figures[rental.label] = known = replace(new, at=self._now() - age)
         return known
+
+    def _now(self) -> float:
+        """Unix time by a clock that nobody sets: a box must not end, nor go on, because somebody set ours."""
+        return self._booted + self._clock.since_boot()
 
     def _lasts(self, rental: Rental, what: str, holds: bool, seconds: float) -> bool:
         """Whether something has held for so long without a break."""
@@ -137,14 +143,15 @@ def outlived(rental: Rental, now: float) -> bool:
     return now - (rental.sent_at or rental.created_at) > rental.caps.max_s + 3600
 
 
-def _end(books: lifecycle.Books, rental: Rental, reason: str) -> None:
+def _end(books: lifecycle.Books, rental: Rental, reason: str, *, blameless: bool = True) -> None:
     log.warning("ending %s: %s", rental, reason)
     # advance, not end: whoever moved the rental on meanwhile, or its caps, knows better
-    lifecycle.finish(books, books.ledger.advance(rental, State.ENDING, unmoved=True, reason=reason))
+    ending = books.ledger.advance(rental, State.ENDING, unmoved=True, reason=reason, blameless=blameless)
+    lifecycle.finish(books, ending)
 
 
 def _end_stuck(books: lifecycle.Books, rental: Rental) -> None:
-    _end(books, rental, "it did not get ready in time")
+    _end(books, rental, "it did not get ready in time", blameless=False)
 
 
 def _settle(books: lifecycle.Books, rental: Rental) -> None:

@@ -23,21 +23,26 @@ from selfhost_cli.errors import (
     OfferGone,
     SelfhostError,
     Superseded,
+    TooOften,
     UsageError,
 )
 from selfhost_cli.ledger import LedgerBroken
 from selfhost_cli.lifecycle.ending import check_market, down, finish, headline, lost_ledger, prove, settle
+from selfhost_cli.lifecycle.identity import replace_at_last
 from selfhost_cli.lifecycle.renting import create, make_plan, preflight
 from selfhost_cli.lifecycle.steps import advance, check_health
 from selfhost_cli.lifecycle.world import ANY_INSTALLATION, SIMULATED, Books, Ended, Keeper, Plan, Report, World
 from selfhost_cli.lock import ProcessLock
-from selfhost_cli.model import Event, Instance, Rental, State
+from selfhost_cli.model import Account, Event, Instance, Rental, State
+from selfhost_cli.offers import Ranked
 from selfhost_cli.wait import Pending, until
 
 PAUSE_S = 5.0
-"""Before another offer is taken: the market's own limit between two paid calls is 4.5 s."""
+"""Before another machine is rented in the place of one that failed."""
 OFFERS = 5
 """Offers to ask for before the market's list is too old."""
+SILENCES, SILENCE_S = 3, 120.0
+"""So often, and for so long each time, a paid call is held back because the market wants to hear nothing."""
 
 
 def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = True) -> Rental:
@@ -52,10 +57,10 @@ def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = Tr
         # Held from here on, so that a `down` which begins now ends us before it proves that nothing is left.
         if ProcessLock(world.settings.paths.down_lock).holder() is not None:
             raise UsageError("a `selfhost down` of this profile is running", "Run `selfhost up` again when it is done.")
-        preflight(world, needs_claude=needs_claude)
-        rental = _unfinished(world)
+        account = preflight(world, needs_claude=needs_claude)
+        rental = _unfinished(world, account)
         if rental is None:
-            plan = make_plan(world)
+            plan = make_plan(world, account)
             if not confirm(plan):
                 raise SelfhostError("nothing was rented")
             return _rent(world, plan)
@@ -65,24 +70,25 @@ def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = Tr
         return _guarded(world, lambda: advance(world, rental))
 
 
-def _unfinished(world: World) -> Rental | None:
+def _unfinished(world: World, account: Account) -> Rental | None:
     """The rental to go on with, after those that were to end have been ended."""
     lost, began = lost_ledger(world), world.clock.monotonic()
-    check_market(world, world.ledger.live())
+    check_market(world, world.ledger.live(), account)
     for rental in world.ledger.live():
         if rental.state is State.ENDING:
-            finish(world, rental)
-        elif rental.state is State.READY:
-            settle(world, rental)
+            finish(world, rental, account)
     live = world.ledger.live()
     known = {rental.label for rental in live}
+    numbers = [rental.instance_id for rental in live if rental.instance_id is not None]
+    listed: list[Instance] = []
     others: list[Instance] = []
 
     def look() -> list[Instance] | Pending:
-        nonlocal others
-        listed = world.provider.instances(ANY_INSTALLATION)
-        others = [box for box in listed if not box.label.startswith(world.prefix)]
-        unknown = [box for box in listed if box not in others and box.label not in known]
+        nonlocal listed, others
+        listed = world.provider.instances(ANY_INSTALLATION, numbers)
+        rest = [box for box in listed if box.label not in known and box.id not in numbers]
+        others = [box for box in rest if not box.label.startswith(world.prefix)]
+        unknown = [box for box in rest if box not in others]
         if unknown or not lost or world.clock.monotonic() - began >= world.settings.listing_lag:
             return unknown
         return Pending("the ledger is new, and a box of an older one may still appear in the market's list")
@@ -98,12 +104,20 @@ def _unfinished(world: World) -> Rental | None:
         said = f"box {box.id} (${box.dph_total:.2f}/h) of another installation of selfhost runs on this account, too"
         world.report(Event("plan", "note", said))
     world.ledger.vouch()
+    for rental in live:
+        if rental.state is State.READY:
+            settle(world, rental, account, listed)
+    live = world.ledger.live()
     return live[0] if live else None
 
 
 def _check_wishes(world: World, rental: Rental) -> None:
     """A flag that asks for something other than what is up is an error, and never silently ignored."""
     wish, caps, port = world.settings, rental.caps, world.keeper.start().port
+    if world.pick and world.pick.machine_id != rental.machine_id:
+        raise UsageError(
+            f"{rental} is up already, and it is not {world.pick}", "Leave --pick out, or `selfhost down` first."
+        )
     fulfilled = {
         "gpu": (wish.gpu == rental.gpu.removesuffix(SIMULATED), rental.gpu),
         "region": (wish.region.lower() in rental.place.lower(), f"in {rental.place or 'an unknown place'}"),
@@ -144,6 +158,7 @@ def _clean_up(world: World, cause: BaseException) -> None:
     """Only called while no box was READY before. Another laptop may share our settings, and so our prefix."""
     reason = "interrupted" if isinstance(cause, KeyboardInterrupt) else str(cause)
     rentals: list[Rental] = []
+    distrust = False
     try:
         try:
             rentals = world.ledger.live()
@@ -153,7 +168,8 @@ def _clean_up(world: World, cause: BaseException) -> None:
                 return  # nothing was sent, or the market said no
         except LedgerBroken as error:
             world.report(Event("down", "note", f"{error.message}; ending what carries our label"))
-        prove(world, rentals, only=rentals[0].label if len(rentals) == 1 else "")
+            distrust = True
+        prove(world, rentals, only=rentals[0].label if len(rentals) == 1 else "", distrust=distrust)
     except MayBeBilling as error:
         raise error from cause
     except BaseException as error:
@@ -190,11 +206,9 @@ def _take(world: World, plan: Plan) -> Rental:
     """Walk the offers until one is ours."""
     problem: MarketError | None = None
     affordable = [ranked for ranked in plan.choice.ranked if ranked.offer.dph_total <= plan.ceiling]
-    for turn, ranked in enumerate(affordable[:OFFERS]):
-        if turn:
-            world.clock.sleep(PAUSE_S)
+    for ranked in affordable[:OFFERS]:
         try:
-            return create(world, plan, ranked)
+            return _create(world, plan, ranked)
         except OfferGone as error:
             world.report(Event("rent", "note", f"{error.message}; trying the next one"))
             problem = error
@@ -207,9 +221,23 @@ def _take(world: World, plan: Plan) -> Rental:
     raise NothingToRent("every offer was gone when we asked for it", "Run `selfhost up` again.") from problem
 
 
+def _create(world: World, plan: Plan, ranked: Ranked) -> Rental:
+    """The paid call. A market that only wants silence made nothing: after it another one, with an intent of its own."""
+    for _ in range(SILENCES):
+        try:
+            return create(world, plan, ranked)
+        except TooOften as error:
+            if error.seconds > SILENCE_S:
+                raise
+            world.report(Event("rent", "note", f"{error.message}; waiting"))
+            world.clock.sleep(error.seconds)
+    return create(world, plan, ranked)
+
+
 def _attach(world: World, rental: Rental) -> Rental:
     """A box that was READY before: reused, checked, and never destroyed by `up`."""
     world.report(Event("reuse", "done", f"{rental} is already yours"))
+    rental = replace_at_last(world, rental)
     check_health(world, rental)
     return rental
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import replace
 
 from selfhost_cli.config import Settings
@@ -10,33 +10,33 @@ from selfhost_cli.errors import MarketError, Superseded
 from selfhost_cli.invoice import Invoice, covers, invoice
 from selfhost_cli.ledger import Ledger, LedgerBroken, Usage
 from selfhost_cli.lifecycle.world import Books
-from selfhost_cli.model import Event, Rental, State
+from selfhost_cli.model import Charges, Event, Rental, State
 
 ASKED_FOR_S = 60 * 86_400.0
 """Older ones stay estimates: every question reads all charges since then."""
+LATELY_S = 3 * 86_400.0
+"""What `down` asks for beside its own: it adds a page or two to an answer that it waits for."""
 
 
 def bill(books: Books, rental: Rental) -> Invoice:
     """The invoice of one that has ended. Not being able to ask the market is a note, and no reason to fail."""
-    usage = Usage()
+    usage, now = Usage(), books.clock.time()
     try:
         rental = books.ledger.get(rental.label) or rental
         usage = books.ledger.usage(rental.label)
-        rental = _ask(books, rental)
+        others = unsettled(books.settings, books.ledger, now=now, within=LATELY_S)
+        rental = _ask(books, [rental, *(one for one in others if one.label != rental.label)])[0]
     except (LedgerBroken, MarketError) as error:
         books.report(Event("down", "note", f"the invoice is an estimate: {error.message}"))
-    if rental.charges:  # it answers, and has figures: one that it had none for may be settled, too
-        with suppress(LedgerBroken, MarketError):
-            reconcile(books, most=1)
     return invoice(rental, usage, now=books.clock.time())
 
 
-def unsettled(settings: Settings, ledger: Ledger, *, now: float) -> list[Rental]:
-    """Ended rentals of this market whose invoice is an estimate, the last one first."""
-    since, here = now - ASKED_FOR_S, f"{settings.market_url} account "
+def unsettled(settings: Settings, ledger: Ledger, *, now: float, within: float = ASKED_FOR_S) -> list[Rental]:
+    """Ended rentals of this market, begun so many seconds ago at most, whose invoice is an estimate."""
+    since, here = now - within, f"{settings.market_url} account "
     return [
         rental
-        for rental in reversed(ledger.all())
+        for rental in ledger.all()
         if rental.state is State.ENDED
         and rental.instance_id is not None
         and rental.charges is None
@@ -45,17 +45,26 @@ def unsettled(settings: Settings, ledger: Ledger, *, now: float) -> list[Rental]
     ]
 
 
-def reconcile(books: Books, *, most: int) -> None:
-    """Ask again for at most so many of them. Raises MarketError when the market cannot be asked."""
-    for rental in unsettled(books.settings, books.ledger, now=books.clock.time())[:most]:
-        _ask(books, rental)
+def reconcile(books: Books) -> None:
+    """Ask again for all of them, in one question. Raises MarketError when the market cannot be asked."""
+    _ask(books, unsettled(books.settings, books.ledger, now=books.clock.time()))
 
 
-def _ask(books: Books, rental: Rental) -> Rental:
-    """The rental with the market's figures, in the ledger too, once they are about all of it."""
-    if rental.instance_id is None or rental.charges is not None:
+def _ask(books: Books, rentals: Sequence[Rental]) -> list[Rental]:
+    """The rentals with the market's figures, where it has any: one question, whatever their number."""
+    began = {
+        rental.instance_id: rental.sent_at or rental.created_at
+        for rental in rentals
+        if rental.instance_id is not None and rental.charges is None
+    }
+    found = books.provider.charges(began.keys(), min(began.values())) if began else {}
+    return [_settled(books, rental, found.get(rental.instance_id or 0)) for rental in rentals]
+
+
+def _settled(books: Books, rental: Rental, charges: Charges | None) -> Rental:
+    """With these figures, in the ledger too, once they are about all of it."""
+    if rental.charges is not None:
         return rental
-    charges = books.provider.charges(rental.instance_id, rental.sent_at or rental.created_at)
     now = books.clock.time()
     if charges is None or not covers(charges, rental, now=now):
         return rental

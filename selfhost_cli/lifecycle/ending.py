@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from selfhost_cli import config
 from selfhost_cli.errors import (
     KeyRefused,
     MarketError,
     MayBeBilling,
+    TooOften,
 )
-from selfhost_cli.invoice import Invoice
+from selfhost_cli.invoice import Invoice, ended
 from selfhost_cli.ledger import LedgerBroken
 from selfhost_cli.lifecycle.billing import bill
 from selfhost_cli.lifecycle.world import ANY_INSTALLATION, Books, Ended, market_of
 from selfhost_cli.lock import ProcessLock
-from selfhost_cli.model import Event, Instance, Rental
+from selfhost_cli.model import Account, BoxState, Event, Instance, Rental
 from selfhost_cli.wait import Clock, Pending, TimedOut, until
 
 STOP_UP_S = 30.0
@@ -41,37 +43,46 @@ def down(books: Books, *, everything: bool = False) -> Ended:
         check_market(books, rentals)
         lost = lost_ledger(books)
         stopped = _stop_up(books)
-        if not broken:
-            rentals = books.ledger.live()
-        elif stopped:  # what was stopped may have been in the middle of a write
-            rentals, broken = _record_ending(books)
-            check_market(books, rentals)
+        if stopped or not broken:  # an `up` may have been in the middle of a write, or have rented meanwhile
+            known = {rental.label for rental in rentals}
+            rentals, broken = _record_ending(books, rentals)
+            check_market(books, [rental for rental in rentals if rental.label not in known])
         distrust = bool(broken) or lost or (stopped and not rentals)
-        unknown = prove(books, rentals, everything=everything, distrust=distrust)
+        proof = prove(books, rentals, everything=everything, distrust=distrust)
         with suppress(LedgerBroken):
             books.ledger.vouch()
-        others = _others(books)
-        foreign = tuple(box for box in others or () if box.label.startswith(ANY_INSTALLATION))
-        return Ended(tuple(bill(books, rental) for rental in rentals), unknown, foreign, broken, alone=others == ())
+        foreign = tuple(box for box in proof.others if box.label.startswith(ANY_INSTALLATION))
+        bills = tuple(bill(books, rental) for rental in rentals)
+        return Ended(bills, proof.unknown, foreign, broken, alone=not proof.others)
 
 
-def finish(books: Books, rental: Rental) -> Invoice:
-    """End one rental that is recorded as ENDING: destroy, prove, record. Repeatable, by whoever gets to it."""
-    check_market(books, [rental])
+def finish(books: Books, rental: Rental, account: Account | None = None) -> Invoice:
+    """End one rental that is recorded as ENDING: destroy, prove, record. Repeatable, by whoever gets to it.
+
+    `account`: as it was just told; else it is asked for.
+    """
+    check_market(books, [rental], account)
     prove(books, [books.ledger.get(rental.label) or rental], only=rental.label)
     return bill(books, rental)
 
 
-def settle(books: Books, rental: Rental) -> bool:
-    """Whether a box has ended by itself (its watchdog, its host): recorded only when the market's list proves it."""
-    check_market(books, [rental])
+def settle(
+    books: Books, rental: Rental, account: Account | None = None, listed: Iterable[Instance] | None = None
+) -> bool:
+    """Whether a box has ended by itself (its watchdog, its host): recorded only when the market's list proves it.
+
+    `account` and `listed` (what the market has at least with our label or this number): as they were just told.
+    """
+    check_market(books, [rental], account)
     if young(rental, books.settings.listing_lag, books.clock.time()):
         return False  # not being listed proves nothing yet
     numbers = [rental.instance_id] if rental.instance_id else []
-    if books.provider.instances(rental.label, numbers) or any(map(books.provider.get, numbers)):
+    if listed is None:
+        listed = books.provider.instances(rental.label, numbers)
+    if any(box.label == rental.label or box.id in numbers for box in listed) or any(map(books.provider.get, numbers)):
         return False
     books.ledger.end(rental.label, "the box ended by itself")
-    finish(books, rental)
+    finish(books, rental, account)
     return True
 
 
@@ -85,29 +96,47 @@ def lost_ledger(books: Books) -> bool:
         return True
 
 
-def _record_ending(books: Books) -> tuple[list[Rental], str]:
-    """ENDING for every live rental, and why that could not be written, if so."""
+def _record_ending(books: Books, known: Iterable[Rental] = ()) -> tuple[list[Rental], str]:
+    """ENDING for every live rental: those and what was `known` before; and why that could not be written, if so.
+
+    What can be read counts even where nothing can be written: on a full disk it is all that is known of a box.
+    """
+    rentals = {rental.label: rental for rental in known}
     try:
-        rentals = books.ledger.live()
-        for rental in rentals:
-            books.ledger.end(rental.label, "down")
+        live = books.ledger.live()
+        rentals |= {rental.label: rental for rental in live}
+        for rental in live:
+            rentals[rental.label] = books.ledger.end(rental.label, "down")
     except LedgerBroken as error:
         books.report(Event("down", "note", f"{error.message}; asking the market itself"))
-        return [], error.message
-    return rentals, books.ledger.broken
+        return list(rentals.values()), error.message
+    return list(rentals.values()), books.ledger.broken
 
 
-def check_market(books: Books, rentals: list[Rental]) -> None:
-    """Another market or account knows nothing of our boxes, and its silence would prove nothing."""
+def check_market(books: Books, rentals: Sequence[Rental], account: Account | None = None) -> None:
+    """Another market or account knows nothing of our boxes, and its silence would prove nothing.
+
+    `account`: as it was just told; else it is asked for.
+    """
     if not rentals:
         return
     try:
-        here = market_of(books.settings, books.provider.account())
+        here = market_of(books.settings, account or _account(books))
     except MarketError as error:
         raise headline(rentals, (), error.message) from error
     for rental in rentals:
         if rental.market and rental.market != here:
             raise headline([rental], (), f"it was rented at {rental.market}, and this is {here}")
+
+
+def _account(books: Books) -> Account:
+    """Who pays. Silence that the market wants, maybe of another process, is kept: nobody else ends what is billed."""
+    try:
+        return books.provider.account()
+    except TooOften as error:
+        books.report(Event("down", "progress", error.message))
+        books.clock.sleep(error.seconds)
+    return books.provider.account()
 
 
 def _stop_up(books: Books) -> bool:
@@ -147,6 +176,14 @@ def _sure_holder(lock: ProcessLock, clock: Clock) -> int | None:
     return None
 
 
+@dataclass(frozen=True)
+class Proof:
+    """None of ours is listed any more. `unknown`: what the ledger did not know; `others`: all that the account has."""
+
+    unknown: tuple[Instance, ...]
+    others: tuple[Instance, ...]
+
+
 def prove(
     books: Books,
     rentals: list[Rental],
@@ -155,8 +192,8 @@ def prove(
     everything: bool = False,
     distrust: bool = False,
     these: Collection[str] | None = None,
-) -> tuple[Instance, ...]:
-    """Destroy until a complete listing shows none of ours, and return the boxes that the ledger did not know.
+) -> Proof:
+    """Destroy until a complete listing shows none of ours.
 
     Ours is what carries the label, and every box that a rental knows by number: labels can be changed at the market.
     What the listing says decides; a destroy that fails is told and tried again. Absence counts only once the listing
@@ -170,7 +207,9 @@ def prove(
     listed: dict[int, Instance] = {}
     asked: dict[int, float] = {}
     gone: dict[int, float] = {}
+    ran: dict[int, float] = {}
     problems: dict[int, str] = {}
+    others: tuple[Instance, ...] = ()
     lag, began = books.settings.listing_lag, books.clock.monotonic()
     may_appear = distrust or any(young(rental, lag, books.clock.time()) for rental in rentals)
 
@@ -189,16 +228,21 @@ def prove(
         return Pending(why)
 
     def look() -> bool | Pending:
-        nonlocal may_appear
+        nonlocal may_appear, others
         try:
-            boxes = books.provider.instances(prefix, numbers)
-            boxes = [box for box in boxes if these is None or box.label in these or box.id in numbers]
+            rows = books.provider.instances("")
         except KeyRefused:
             raise
         except MarketError as error:
             if not rentals and not listed and not distrust:
                 raise  # nothing speaks for a box of ours; this is about the network
             return wait(error.message)
+        boxes = [
+            box
+            for box in rows
+            if box.id in numbers or (box.label.startswith(prefix) and (these is None or box.label in these))
+        ]
+        others = tuple(box for box in rows if box not in boxes)
         for box in boxes:
             listed[box.id] = box
             if books.clock.monotonic() - asked.get(box.id, float("-inf")) > AGAIN_S:
@@ -217,6 +261,8 @@ def prove(
     for rental in rentals:
         if rental.instance_id is not None:
             books.report(Event("down", "start", f"destroying {rental}"))
+            if _runs_on(books, rental):
+                ran[rental.instance_id] = books.clock.time()
             destroy(rental.instance_id)
 
     def strangers() -> tuple[Instance, ...]:
@@ -230,9 +276,20 @@ def prove(
         if not rentals and not listed and isinstance(error, MarketError):
             raise  # no sign of a box anywhere: this is about the key or the network
         raise headline(rentals, strangers(), str(error) or "interrupted") from error
-    _record_ended(books, rentals, gone)
+    _record_ended(books, rentals, gone, ran)
     books.report(Event("down", "done", "the market lists none of our boxes"))
-    return strangers()
+    return Proof(strangers(), others)
+
+
+def _runs_on(books: Books, rental: Rental) -> bool:
+    """Whether a box runs that its own watchdog had to end before: then that one failed, and the bill did not end."""
+    now = books.clock.time()
+    if ended(rental, now) >= now:
+        return False
+    with suppress(MarketError):
+        box = books.provider.get(rental.instance_id or 0)
+        return box is not None and box.state is BoxState.RUNNING
+    return False
 
 
 def young(rental: Rental, lag: float, now: float) -> bool:
@@ -240,22 +297,13 @@ def young(rental: Rental, lag: float, now: float) -> bool:
     return rental.sent_at is not None and (rental.instance_id is None or now - rental.sent_at < lag)
 
 
-def _record_ended(books: Books, rentals: list[Rental], gone: Mapping[int, float]) -> None:
+def _record_ended(books: Books, rentals: list[Rental], gone: Mapping[int, float], ran: Mapping[int, float]) -> None:
     for rental in rentals:
+        number = rental.instance_id or 0
         try:
-            books.ledger.ended(rental.label, gone.get(rental.instance_id or 0, books.clock.time()))
+            books.ledger.ended(rental.label, gone.get(number, books.clock.time()), seen=ran.get(number))
         except LedgerBroken as error:
             books.report(Event("down", "note", f"the box is gone, but {error.message}"))
-
-
-def _others(books: Books) -> tuple[Instance, ...] | None:
-    """What else the account has, None when that cannot be told."""
-    try:
-        boxes = books.provider.instances("")
-    except MarketError as error:
-        books.report(Event("down", "note", f"what else runs on this account is unknown: {error.message}"))
-        return None
-    return tuple(box for box in boxes if not box.label.startswith(books.prefix))
 
 
 def headline(rentals: Sequence[Rental], strangers: Sequence[Instance], why: str) -> MayBeBilling:

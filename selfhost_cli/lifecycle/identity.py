@@ -13,7 +13,7 @@ from selfhost_cli import install, payload
 from selfhost_cli.errors import BoxFailed
 from selfhost_cli.lifecycle.world import World
 from selfhost_cli.model import Event, Rental
-from selfhost_cli.remote import NotYet, Remote, Result
+from selfhost_cli.remote import ConnectionLost, NotYet, OtherKey, Remote, Result
 from selfhost_cli.wait import Pending, TimedOut, until
 
 SHOWN_S = 15.0
@@ -26,7 +26,8 @@ KEY = re.compile(r"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI[A-Za-z0-9+/]{43}")
 def replace_bootstrap(world: World, rental: Rental, remote: Remote) -> tuple[Rental, Remote]:
     """The rental with the box's own host key, and a connection that saw it; `remote` stays open only when this fails.
 
-    Raises BoxFailed when the box does not do its part, ConnectionLost, and Superseded once `down` has come.
+    Raises BoxFailed when the box does not do its part, ConnectionLost (also when a third key is shown: whose that is,
+    connecting anew will tell), and Superseded once `down` has come.
     """
     world.report(Event("identity", "start", "the box makes a host key of its own"))
     remote.put(payload.script("hostkey.sh"), f"{install.ROOT}/bin/hostkey.sh", mode=0o700)
@@ -42,6 +43,27 @@ def replace_bootstrap(world: World, rental: Rental, remote: Remote) -> tuple[Ren
     remote.close()
     world.report(Event("identity", "done", "the host key that the market knew is refused from now on"))
     return rental, seen
+
+
+def replace_at_last(world: World, rental: Rental) -> Rental:
+    """Gives a ready box of an older version, which still shows the bootstrap key, its own; others are as they are.
+
+    What keeps it from that is told, and costs nobody the box. Raises Superseded once `down` has come.
+    """
+    if not rental.bootstrap or rental.endpoint is None:
+        return rental
+    try:
+        remote = world.connect(rental.endpoint, rental.host_keys, world.settings.paths.login_key)
+        try:
+            rental, seen = replace_bootstrap(world, rental, remote)
+        finally:
+            remote.close()
+        seen.close()
+        return rental
+    except (NotYet, ConnectionLost, BoxFailed) as error:
+        why = f"{error.message}; until a later `selfhost up` changes that, its host key is one that the market knows"
+        world.report(Event("identity", "note", why))
+    return world.ledger.note(rental)  # either key, when only the last step is missing
 
 
 def _make(remote: Remote, old: str) -> str:
@@ -62,6 +84,8 @@ def _switch(world: World, rental: Rental, remote: Remote, new: str) -> Remote:
             return world.connect(endpoint, (new,), login)
         except NotYet as error:
             world.ledger.note(rental)  # raises Superseded once `down` has come
+            if isinstance(error, OtherKey):
+                _still_the_old_one(world, rental)
             return Pending(error.message)
 
     why = ""
@@ -72,6 +96,17 @@ def _switch(world: World, rental: Rental, remote: Remote, new: str) -> Remote:
         except TimedOut as error:
             why = f"{error.message}; {_said(result)}" if result.code else error.message
     raise BoxFailed(f"the box does not show its own host key: {why}", "Run `selfhost up` again.")
+
+
+def _still_the_old_one(world: World, rental: Rental) -> None:
+    """Raises ConnectionLost when the box shows neither the old key nor the new one."""
+    assert rental.endpoint is not None
+    try:
+        world.connect(rental.endpoint, rental.host_keys, world.settings.paths.login_key).close()
+    except OtherKey as error:
+        raise ConnectionLost(error.message, error.remedy) from error
+    except NotYet:
+        pass  # it is just beginning to listen again
 
 
 def _bare(line: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field, replace
 
 from selfhost_cli import config
 from selfhost_cli.config import Paths
@@ -54,6 +54,7 @@ class _House:
     """
 
     profile: str
+    paths: Paths
     books: Books
     prefix: str
     live: tuple[Rental, ...]
@@ -77,14 +78,29 @@ class _Found:
     rental: Rental | None
 
 
+@dataclass
+class _Survey:
+    """The strays, the labels of what is looked after, and of which boxes that could not be told."""
+
+    houses: Sequence[_House]
+    found: list[_Found] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
+    problems: list[MayBeBilling] = field(default_factory=list)
+    settled: frozenset[str] = frozenset()
+    """Prefixes of lost ledgers that the list was waited for."""
+
+
 def look(books: Books) -> Reaped:
     """What carries a label of selfhost on this account; ends nothing.
 
     Raises MayBeBilling when that is unknown, KeyRefused when the account cannot be asked.
     """
-    with _houses(books) as houses:
-        found, held = _survey(books, houses)
-    return Reaped((), tuple(one.stray for one in found), held)
+    with ExitStack() as opened:
+        survey = _survey(books, opened)
+        _remember(survey)
+    if survey.problems:
+        raise survey.problems[0]
+    return Reaped((), tuple(one.stray for one in survey.found), tuple(survey.held))
 
 
 def reap(books: Books, *, everything: bool = False) -> Reaped:
@@ -95,11 +111,16 @@ def reap(books: Books, *, everything: bool = False) -> Reaped:
     ended: list[Stray] = []
     left: list[Stray] = []
     bills: list[Invoice] = []
-    problems: list[MayBeBilling] = []
-    with _houses(books) as houses:
-        found, held = _survey(books, houses)
-        for house in (*houses, None):
-            group = [one for one in found if one.house is house]
+    with ExitStack() as opened:
+        survey = _survey(books, opened)
+        problems = list(survey.problems)
+        unknown = [dict(row) for error in problems for row in error.left]
+        for house in (*survey.houses, None):
+            group = [one for one in survey.found if one.house is house]
+            if house:
+                taken = [one for one in group if _taken(one, house)]
+                survey.held += [one.stray.label for one in taken]
+                group = [one for one in group if one not in taken]
             try:
                 if house or everything:
                     bills += _end(house.books if house else books, group)
@@ -108,25 +129,28 @@ def reap(books: Books, *, everything: bool = False) -> Reaped:
             except MayBeBilling as error:
                 problems.append(error)
             left += [one.stray for one in group]
+        _remember(survey)
     if problems:
-        rows = [dict(vars(stray)) for stray in left]
+        rows = [dict(vars(stray)) for stray in left] + unknown
         raise MayBeBilling("\n".join(error.message for error in problems), problems[0].remedy, left=rows)
-    return Reaped(tuple(ended), tuple(left), held, tuple(bills))
+    return Reaped(tuple(ended), tuple(left), tuple(survey.held), tuple(bills))
 
 
-@contextmanager
-def _houses(books: Books) -> Iterator[list[_House]]:
+def _houses(books: Books, opened: ExitStack) -> list[_House]:
     own, houses = books.settings.paths, []
-    with ExitStack() as opened:
-        for name, paths in config.neighbours(own):
-            try:
-                houses.append(_house(books, name, paths, opened))
-            except UsageError:
-                if paths == own:
-                    raise
-                # While another profile's id is damaged, what carries it is shown as another installation's.
-        here = _here(books, houses)
-        yield [replace(house, live=tuple(one for one in house.live if one.market in ("", here))) for house in houses]
+    for name, paths in config.neighbours(own):
+        try:
+            houses.append(_house(books, name, paths, opened))
+        except UsageError:
+            if paths == own:
+                raise
+            # While another profile's id is damaged, what carries it is shown as another installation's.
+    return houses
+
+
+def _at(here: str, houses: Sequence[_House]) -> list[_House]:
+    """With what is live at this market and account."""
+    return [replace(house, live=tuple(one for one in house.live if one.market in ("", here))) for house in houses]
 
 
 def _here(books: Books, houses: Sequence[_House]) -> str:
@@ -163,7 +187,9 @@ def _house(books: Books, name: str, paths: Paths, opened: ExitStack) -> _House:
         opened.callback(ledger.close)
     prefix = f"{ANY_INSTALLATION}{config.installation_id(paths)}-"
     lost = not ledger.vouches()
-    return _House(name, replace(books, ledger=ledger), prefix, tuple(live), _guard(name, paths), problem, lost)
+    # Asked after the ledger: whose rental is not in there yet holds its lock until it is.
+    guard = _guard(name, paths)
+    return _House(name, paths, replace(books, ledger=ledger), prefix, tuple(live), guard, problem, lost)
 
 
 def _guard(name: str, paths: Paths) -> str:
@@ -173,48 +199,81 @@ def _guard(name: str, paths: Paths) -> str:
     return ""
 
 
-def _survey(books: Books, houses: Sequence[_House]) -> tuple[list[_Found], tuple[str, ...]]:
-    """The strays, and the labels of what is looked after."""
+def _survey(books: Books, opened: ExitStack) -> _Survey:
+    """What the market has, and who looks after it. Ledgers and locks count as they are after the list was read.
+
+    Before that they only say what to ask for: the list may take a minute, in which an `up` rents and a keeper starts.
+    """
+    houses = _houses(books, opened)
+    here = _here(books, houses)
+    houses = _at(here, houses)
     numbers = [number for house in houses for rental in house.live if (number := _number(rental)) is not None]
     try:
-        boxes = _listed(books, houses, numbers)
+        boxes, settled = _listed(books, houses, numbers)
     except MarketError as error:
         raise _unknown(error) from error
-    found: list[_Found] = []
-    held: list[str] = []
+    houses = _at(here, _houses(books, opened))
+    survey = _Survey(houses, settled=settled)
     now = books.clock.time()
     for box in boxes:
         house = next((house for house in houses if box.label.startswith(house.prefix) or house.rental(box)), None)
         rental = house.rental(box) if house else None
-        if why := _why(box, house, rental):
-            age = None if box.start is None else max(0.0, now - box.start)
-            profile = house.profile if house else ""
-            found.append(
-                _Found(Stray(box.id, box.label, box.gpu, box.dph_total, age, profile, why), box, house, rental)
-            )
-        else:
-            held.append(box.label)
+        try:
+            why = _why(box, house, rental)
+        except MayBeBilling as error:
+            survey.problems.append(error)
+            continue
+        if not why:
+            survey.held.append(box.label)
+            continue
+        age = None if box.start is None else max(0.0, now - box.start)
+        stray = Stray(box.id, box.label, box.gpu, box.dph_total, age, house.profile if house else "", why)
+        survey.found.append(_Found(stray, box, house, rental))
     seen = {box.id for box in boxes} | {box.label for box in boxes}
-    found += [
+    survey.found += [
         one
         for house in houses
         if not house.guard
         for one in _unlisted(house, now)
         if seen.isdisjoint({one.stray.instance_id, one.stray.label})
     ]
-    return found, tuple(held)
+    return survey
 
 
-def _listed(books: Books, houses: Sequence[_House], numbers: Sequence[int]) -> list[Instance]:
-    """What there is now; where nobody knows what was rented last, nothing counts only once the list cannot lag."""
+def _taken(one: _Found, house: _House) -> bool:
+    """Whether somebody began to look after it since. Who comes later sees that it is recorded as ENDING."""
+    try:
+        known = one.rental or any(rental.label == one.stray.label for rental in house.books.ledger.live())
+    except LedgerBroken:
+        return False
+    return bool(known and _guard(house.profile, house.paths))
+
+
+def _remember(survey: _Survey) -> None:
+    """That nothing is left of what a lost ledger knew: it was waited for, and who asks next need not wait again."""
+    for house in survey.houses:
+        nothing = house.prefix in survey.settled and not any(one.house is house for one in survey.found)
+        if nothing and not (house.guard or house.problem):
+            with suppress(LedgerBroken, OSError):
+                house.paths.make()
+                with closing(Ledger(house.paths.ledger)) as ledger:
+                    ledger.vouch()
+
+
+def _listed(books: Books, houses: Sequence[_House], numbers: Sequence[int]) -> tuple[list[Instance], frozenset[str]]:
+    """What there is now; where nobody knows what was rented last, nothing counts only once the list cannot lag.
+
+    With the prefixes for which that was waited for.
+    """
     prefixes = tuple(house.prefix for house in houses if house.lost)
     began, lag = books.clock.monotonic(), books.settings.listing_lag
 
-    def ask() -> list[Instance] | Pending:
+    def ask() -> tuple[list[Instance], frozenset[str]] | Pending:
         boxes = books.provider.instances(ANY_INSTALLATION, numbers)
-        ours = any(box.label.startswith(prefixes) for box in boxes)
-        if ours or not prefixes or books.clock.monotonic() - began >= lag:
-            return boxes
+        if books.clock.monotonic() - began >= lag:
+            return boxes, frozenset(prefixes)
+        if not prefixes or any(box.label.startswith(prefixes) for box in boxes):
+            return boxes, frozenset()
         why = f"a ledger is lost, and a box of it may still appear in the market's list, for {lag:.0f} s"
         books.report(Event("reap", "progress", why))
         return Pending(why)
@@ -242,6 +301,7 @@ def _why(box: Instance, house: _House | None, rental: Rental | None) -> str:
         raise MayBeBilling(
             f"whether {house.guard} looks after box {box.id} (${box.dph_total:.2f}/h) is unknown: {house.problem}",
             f"`selfhost down` for profile {house.profile} ends it.",
+            left=[{"instance_id": box.id, "label": box.label, "gpu": box.gpu, "dph_total": box.dph_total}],
         )
     return house.problem or f"the ledger of profile {house.profile} does not have it"
 
@@ -251,7 +311,7 @@ def _end(books: Books, group: Sequence[_Found]) -> list[Invoice]:
     if not group:
         return []
     # Recorded first: a keeper or an `up` that starts now sees it.
-    rentals = [books.ledger.end(one.rental.label, "reap") for one in group if one.rental]
+    rentals = [books.ledger.end(one.rental.label, "reap", blameless=True) for one in group if one.rental]
     try:
         prove(books, rentals, these={one.stray.label for one in group})
     except MarketError as error:

@@ -6,7 +6,8 @@ import os
 import secrets
 import uuid
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selfhost_cli import archive, config, offers, payload
@@ -16,19 +17,35 @@ from selfhost_cli.errors import (
     NoCredit,
     NothingToRent,
     NotSetUp,
+    OfferGone,
     SelfhostError,
     UsageError,
 )
+from selfhost_cli.lifecycle import picking
 from selfhost_cli.lifecycle.world import SIMULATED, Plan, World, market_of
-from selfhost_cli.model import BoxSpec, Caps, Event, Need, Rental, State
+from selfhost_cli.model import Account, BoxSpec, Caps, Event, Need, Offer, Rental, State
 
 FORGIVEN_S = 14 * 86_400.0
+"""How long a machine is not rented again that failed us."""
+OURS = ("down", "interrupted", "reap", "its `selfhost up` is gone")
+"""Ends of boxes that their machines had no part in."""
 SUBSTITUTE = 1.25
 """What another machine may cost, as a multiple of the confirmed one's $/h, unless --max-price said what may be paid."""
 
 
-def preflight(world: World, *, needs_claude: bool = True) -> None:
-    """Everything that can be known to be wrong before money is spent."""
+@dataclass(frozen=True)
+class Search:
+    """What was asked for, and what the market has of it."""
+
+    need: Need
+    model: str
+    download: offers.Download
+    choice: offers.Choice
+    simulated: bool
+
+
+def preflight(world: World, *, needs_claude: bool = True) -> Account:
+    """Everything that can be known to be wrong before money is spent; who pays."""
     settings = world.settings
     if settings.engine not in ("llamacpp", "ollama"):
         raise UsageError(f"engine {settings.engine!r} is unknown", "The engines are ollama and llamacpp.")
@@ -39,39 +56,51 @@ def preflight(world: World, *, needs_claude: bool = True) -> None:
         )
     archive.recall(settings.paths.archives, settings.archive_url(), settings.ollama_version)
     world.ledger.check()
-    world.provider.account()
+    account = world.provider.account()
     if needs_claude:
         world.find_claude()
     world.keeper.start()  # finds the local port, too
     world.provider.register_key(login_key(world)[1])
+    return account
 
 
-def make_plan(world: World) -> Plan:
-    """Ask the market and choose. Raises NothingToRent with the reasons, NoCredit when the account cannot pay."""
+def search(world: World, *, everything: bool = False) -> Search:
+    """Ask the market and choose. With `everything`, or when nothing fits, also for what it leaves out by itself."""
     settings = world.settings
     model_bytes = _model_bytes(world)
-    disk_gb = settings.disk_gb(model_bytes)
+    engine_bytes = config.OLLAMA_GB * 1e9
     need = Need(
         gpu=settings.gpu,
         gpu_ram_mb=settings.gpu_ram_mb,
         ram_mb=settings.ram_mb,
         reliability=settings.reliability,
         inet_down_mbps=settings.inet_down_mbps,
-        disk_gb=disk_gb,
+        disk_gb=settings.disk_gb(model_bytes),
         hours=settings.hours,
         region=settings.region,
         max_price=settings.max_price,
     )
-    download = model_bytes + (config.IMAGE_GB + config.OLLAMA_GB) * 1e9
-    found = world.provider.offers(need)
-    choice = offers.choose(
-        need, found, download_bytes=download, avoid=_failed_before(world), max_spend=settings.max_spend
-    )
-    if not choice.ranked:
-        raise NothingToRent(
-            _why_nothing(world, need, download), "Loosen --max-price, --region, --disk or --hours, or try later."
-        )
-    account = world.provider.account()
+    download = offers.Download(config.IMAGE_GB * 1e9, model_bytes + engine_bytes)
+    choice = _choose(world, need, download, world.provider.offers(need))
+    if everything or not choice.ranked:
+        choice = replace(choice, refused=_refused(world, need, download, choice))
+    return Search(need, settings.model, download, choice, settings.sandbox)
+
+
+def make_plan(world: World, account: Account | None = None) -> Plan:
+    """What to rent now. `account`: as it was just told; else it is asked for.
+
+    Raises NothingToRent with the reasons, NoCredit when the account cannot pay.
+    """
+    settings, pick = world.settings, world.pick
+    found = search(world)
+    if pick:
+        choice = offers.Choice((_picked(world, pick, found),), ())
+    elif found.choice.ranked:
+        choice = found.choice
+    else:
+        raise nothing(found)
+    account = account or world.provider.account()
     best = choice.ranked[0]
     least = best.offer.dph_total * (best.ready_s / 3600 + 1 / 6)
     if account.credit < least:
@@ -91,13 +120,26 @@ def make_plan(world: World) -> Plan:
         model=settings.model,
         engine=settings.engine,
         context=settings.context,
-        disk_gb=disk_gb,
+        disk_gb=found.need.disk_gb,
         hours=settings.hours,
         account=account,
         simulated=settings.sandbox,
-        attempts=settings.attempts,
+        attempts=1 if pick else settings.attempts,
         ceiling=ceiling(settings, best.offer.dph_total),
+        pick=pick,
     )
+
+
+def _picked(world: World, pick: picking.Pick, found: Search) -> offers.Ranked:
+    """The picked one as the market has it now. Raises NothingToRent when it is gone, unfit or dearer than shown."""
+    picking.check(pick, found.need.gpu, found.need.disk_gb)
+    hours, download, choice = found.need.hours, found.download, found.choice
+    if ranked := picking.find(pick, choice, hours=hours, download=download):
+        return ranked
+    # The market leaves out what is outside the limits: is that why?
+    every = replace(choice, refused=_refused(world, found.need, download, choice))
+    picking.find(pick, every, hours=hours, download=download)
+    raise picking.gone(pick)
 
 
 def ceiling(settings: Settings, confirmed: float) -> float:
@@ -178,6 +220,8 @@ def create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
         box_token=secrets.token_urlsafe(32),
         market=market_of(settings, plan.account),
         disk_gb=plan.disk_gb,
+        ceiling=plan.ceiling,
+        dph_told=offer.dph_total,
     )
     world.ledger.intend(rental)
 
@@ -196,6 +240,8 @@ def create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
     except SelfhostError as error:
         why = "refused" if rental.sent_at else "not sent"
         world.ledger.ended(label, world.clock.time(), f"{why}: {error.message}")
+        if plan.pick and isinstance(error, OfferGone):
+            raise picking.gone(plan.pick) from error
         raise
     world.report(Event("rent", "done", f"box {instance_id}"))
     return world.ledger.advance(rental, State.BOOTING, instance_id=instance_id)
@@ -225,25 +271,43 @@ def _box_env(settings: Settings, plan: Plan, ranked: offers.Ranked) -> dict[str,
 def _failed_before(world: World) -> dict[int, str]:
     """Machines on which a box of ours never got ready, in the last two weeks, and why it did not."""
     since = world.clock.time() - FORGIVEN_S
-    ours = ("down", "interrupted")
     return {
         rental.machine_id: rental.reason
         for rental in world.ledger.all()
         if rental.instance_id
         and rental.ready_at is None
         and not rental.blameless
-        and rental.reason not in ours
+        and rental.reason not in OURS
         and rental.created_at > since
     }
 
 
-def _why_nothing(world: World, need: Need, download: float) -> str:
-    """Ask again without the limits, so that they can be named."""
+def _choose(world: World, need: Need, download: offers.Download, found: Sequence[Offer]) -> offers.Choice:
+    return offers.choose(
+        need, found, download=download, avoid=_failed_before(world), max_spend=world.settings.max_spend
+    )
+
+
+def _refused(world: World, need: Need, download: offers.Download, choice: offers.Choice) -> tuple[offers.Refusal, ...]:
+    """All that do not fit. The market is asked again without the limits: it does not name what they left out."""
     loose = replace(need, gpu_ram_mb=0, ram_mb=0, reliability=0.0, inet_down_mbps=0.0, hours=0.0, max_price=None)
-    found = world.provider.offers(loose)
-    choice = offers.choose(need, found, download_bytes=download, avoid=_failed_before(world))
-    if not choice.refused:
-        return f"the market has no {need.gpu} now"
-    reasons = Counter(refusal.why for refusal in choice.refused).most_common(4)
-    told = ", ".join(f"{count} × {why}" for why, count in reasons)
-    return f"no {need.gpu} within the limits; {len(choice.refused)} offers refused: {told}"
+    known = {row.offer.id for row in choice.ranked} | {refusal.offer.id for refusal in choice.refused}
+    others = [offer for offer in world.provider.offers(loose) if offer.id not in known]
+    return (*choice.refused, *_choose(world, need, download, others).refused)
+
+
+def nothing(found: Search) -> NothingToRent:
+    """Why nothing fits, and what would have to be looser."""
+    need, refused = found.need, found.choice.refused
+    if not refused:
+        return NothingToRent(f"the market has no {need.gpu} now", "Take another card with --gpu, or try later.")
+    groups = Counter(one.rule for one in refused).most_common(4)
+    single = {one.rule: one.why for one in refused}
+    told = ", ".join(f"{count} × {single[rule] if count == 1 else rule}" for rule, count in groups)
+    names = [name for name, _ in Counter(one.setting for one in refused if one.setting).most_common(2)]
+    options = [f"--{name.replace('_', '-')}" if name in config.FLAGS else name for name in names]
+    loosen = f"Loosen {' or '.join(options)}, or try later" if options else "Try later"
+    return NothingToRent(
+        f"no {need.gpu} within the limits; {len(refused)} offers refused: {told}",
+        f"{loosen}. `selfhost offers --refused` tells each.",
+    )

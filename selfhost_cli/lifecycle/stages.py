@@ -29,16 +29,20 @@ class Stages:
         self._spent: dict[str, float] = {}
         self._stage = ""
         self._since = clock.monotonic()
+        self._skipped = 0.0
         self._progress = _Rate()
 
     def enter(self, stage: str, seen: str, *, began: float | None = None) -> None:
-        """It is in this stage now; `seen` is what is told when that lasts too long. `began`: since that Unix time."""
+        """It is in this stage now; `seen` is what is told when that lasts too long.
+
+        `began`: since that Unix time, what was skipped not counted.
+        """
         now = self._clock.monotonic()
         if self._stage:
             self._spent[self._stage] += now - self._since
         self._stage, self._since = stage, now
         if stage not in self._spent:
-            self._spent[stage] = max(0.0, self._clock.time() - began) if began else 0.0
+            self._spent[stage] = max(0.0, self._clock.time() - began - self._skipped) if began else 0.0
         if self._spent[stage] > self.limit(stage):
             raise BoxFailed(
                 f"the stage {stage!r} was not over within {self.limit(stage) / 60:g} minutes; last seen: {seen}",
@@ -47,7 +51,9 @@ class Stages:
 
     def skip(self) -> None:
         """The time since the last word says nothing about the machine: the market was away."""
-        self._since = self._clock.monotonic()
+        now = self._clock.monotonic()
+        self._skipped += now - self._since
+        self._since = now
 
     def limit(self, stage: str) -> float:
         """Seconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from selfhost_cli import __version__, archive, health, install
@@ -21,7 +22,7 @@ from selfhost_cli.lifecycle.renting import ceiling, login_key
 from selfhost_cli.lifecycle.stages import Stages
 from selfhost_cli.lifecycle.world import SIMULATED, World
 from selfhost_cli.model import BoxState, Endpoint, Event, Instance, Rental, State
-from selfhost_cli.remote import ConnectionLost, NotYet, Remote
+from selfhost_cli.remote import ConnectionLost, NotYet, OtherKey, Remote
 from selfhost_cli.wait import Pending, TimedOut, until
 
 ARM_S = 60.0
@@ -85,13 +86,14 @@ def _boot(world: World, rental: Rental) -> Rental:
         if not attached:
             _attach(world, box.id, public)
             attached = True
-        met, why = _knock(world, current, box.endpoints, login)
-        if met:
-            met[1].close()
-            return world.ledger.advance(current, State.INSTALLING, endpoint=met[0])
-        stages.enter("ssh", why, began=current.running_at)
+        found = _knock(world, current, box.endpoints, login)
+        if found.met:
+            found.met[1].close()
+            return world.ledger.advance(current, State.INSTALLING, endpoint=found.met[0])
+        # Another host key too: the image's own sshd may be up before onstart has brought ours.
+        stages.enter("ssh", found.why, began=current.running_at)
         current = world.ledger.note(current)  # raises Superseded once `down` has come
-        return Pending(why)
+        return Pending(found.why)
 
     world.report(Event("boot", "start", f"box {rental.instance_id}"))
     ready = until(
@@ -118,13 +120,14 @@ def _attach(world: World, instance_id: int, public: str) -> None:
 def _price(world: World, rental: Rental, box: Instance) -> dict[str, float]:
     """What the box costs by the market's own word, where that is not what the offer said.
 
-    Raises BoxFailed when it is more than was confirmed: an offer may have become dearer while it was looked at.
+    Raises BoxFailed when it is more than was confirmed: an offer may have become dearer while it was looked at. It may
+    be the substitute of one that was cheaper, and what that one may have cost at most is what was agreed to.
     """
     more = box.dph_total - rental.dph_total
     if abs(more) < 0.0005 or not box.dph_total:
         return {}
     said = f"box {box.id} costs ${box.dph_total:.3f}/h, and its offer said ${rental.dph_total:.3f}/h"
-    if box.dph_total > ceiling(world.settings, rental.dph_total):
+    if box.dph_total > (rental.ceiling or ceiling(world.settings, rental.dph_total)):
         raise BoxFailed(said, "Run `selfhost up` again and look at its plan.")
     world.report(Event("boot", "note", said))
     return {"dph_total": box.dph_total, "dph_base": rental.dph_base + more}
@@ -155,17 +158,45 @@ def _look_up(world: World, rental: Rental) -> Instance | None:
     return box
 
 
-def _knock(
-    world: World, rental: Rental, endpoints: tuple[Endpoint, ...], login: Path
-) -> tuple[tuple[Endpoint, Remote] | None, str]:
-    """The first of the endpoints that lets us in and a connection there; or None, and why none does."""
-    reasons = []
-    for endpoint in endpoints:
+@dataclass(frozen=True)
+class _Found:
+    """Who answered: the first endpoint that let us in, and a connection there; or why none did.
+
+    `strangers`: of those reasons the ones of who showed another host key.
+    """
+
+    met: tuple[Endpoint, Remote] | None
+    why: str = ""
+    strangers: str = ""
+
+
+def _knock(world: World, rental: Rental, endpoints: tuple[Endpoint, ...], login: Path) -> _Found:
+    reasons, strangers = [], []
+    for endpoint in dict.fromkeys(endpoints):
         try:
-            return (endpoint, world.connect(endpoint, rental.host_keys, login)), ""
+            return _Found((endpoint, world.connect(endpoint, rental.host_keys, login)))
         except NotYet as error:
             reasons.append(error.message)
-    return None, "; ".join(reasons)
+            if isinstance(error, OtherKey):
+                strangers.append(error.message)
+    return _Found(None, "; ".join(reasons), "; ".join(strangers))
+
+
+def _know_again(world: World, rental: Rental, login: Path, box: Instance | None) -> _Found:
+    """Who answers where the market says that the box runs now: what showed another key may have got its old address.
+
+    Raises BoxFailed when another key is shown there, too, and the box is nowhere else: its key has changed.
+    """
+    if box is None or box.state is not BoxState.RUNNING:
+        return _Found(None)
+    found = _knock(world, rental, box.endpoints, login)
+    if found.strangers:
+        kept = rental.state is State.READY
+        raise BoxFailed(
+            f"the host key of box {box.id} has changed: {found.strangers}",
+            "End it with `selfhost down`." if kept else "Run `selfhost up` again.",
+        )
+    return found
 
 
 def _install(world: World, rental: Rental) -> Rental:
@@ -184,6 +215,7 @@ def _install(world: World, rental: Rental) -> Rental:
                 rental, remote = replace_bootstrap(world, rental, remote)
             guarded = _check_armed(world, remote)
             installed = install.apply(remote, spec, observe)
+            rental = _tell_price(world, rental, remote)
             break
         except ConnectionLost as error:
             if not left:
@@ -198,25 +230,36 @@ def _install(world: World, rental: Rental) -> Rental:
 
 
 def _reach(world: World, rental: Rental, stages: Stages) -> tuple[Rental, Remote]:
-    """A connection to a box that had let us in: where it was then, or where the market says that it is now."""
+    """A connection to a box that had let us in: where it was then, or where the market says that it is now.
+
+    Raises BoxFailed once the market has not known the box for as long as its word may lag behind.
+    """
     login, _ = login_key(world)
     rental = world.ledger.note(rental)  # what was noted before the connection broke: the host keys
     assert rental.endpoint is not None
     endpoints: tuple[Endpoint, ...] = (rental.endpoint,)
 
+    unknown_since: float | None = None
+
     def ask() -> tuple[Endpoint, Remote] | Pending:
-        nonlocal endpoints
-        met, why = _knock(world, rental, endpoints, login)
-        if met:
-            return met
-        stages.enter("ssh", why)
+        nonlocal endpoints, unknown_since
+        found = _knock(world, rental, endpoints, login)
+        if found.met:
+            return found.met
         world.ledger.note(rental)  # raises Superseded once `down` has come
         try:
             box = _look_up(world, rental)
         except MarketUnreachable:
-            box = None
+            stages.skip()  # it may be our own network that is away
+            return Pending(found.why)
+        stages.enter("ssh", found.why)
+        now = world.clock.monotonic()
+        unknown_since = None if box else (now if unknown_since is None else unknown_since)
+        if unknown_since is not None and now - unknown_since > world.settings.listing_lag:
+            raise BoxFailed(f"the market does not know {rental} any more", "Run `selfhost up` for another one.")
         endpoints = (box and box.endpoints) or endpoints
-        return Pending(why)
+        again = _know_again(world, rental, login, box) if found.strangers else found
+        return again.met or Pending(found.why)
 
     seconds = world.settings.ready_timeout * 60
     endpoint, remote = until(ask, what="ssh", seconds=seconds, every=world.settings.poll, clock=world.clock)
@@ -251,6 +294,23 @@ def _check_armed(world: World, remote: Remote) -> bool:
     else:
         world.report(Event("guard", "note", f"not armed ({answer}): this box does NOT end by itself"))
     return answer == "ok"
+
+
+def _tell_price(world: World, rental: Rental, remote: Remote) -> Rental:
+    """Its watchdog counts dollars with the offer's price: told what the box really costs, where that is another.
+
+    Raises BoxFailed when it does not take that: its cap would be in other dollars than the bill.
+    """
+    if rental.dph_told == rental.dph_total:
+        return rental
+    result = remote.run(f"{install.LIMITS} DPH={rental.dph_total:.6f}")
+    if result.code:
+        why = result.err.strip() or f"status {result.code}"
+        if not world.settings.unguarded:
+            raise BoxFailed(f"the box does not count with its price: {why}", "Run `selfhost up` for another one.")
+        world.report(Event("guard", "note", f"the box counts with another price than it costs: {why}"))
+        return rental
+    return world.ledger.note(rental, dph_told=rental.dph_total)
 
 
 def _install_spec(world: World, rental: Rental) -> install.InstallSpec:
@@ -305,11 +365,17 @@ def check_health(world: World, rental: Rental) -> None:
 
 
 def _tunnel(world: World, rental: Rental) -> Front:
-    front = world.keeper.start()
+    """The keeper's front, once requests get through. Raises BoxFailed when they do not in time."""
+    front, told = world.keeper.start(), {""}
 
     def ask() -> Front | Pending:
         state, reason = world.keeper.tunnel(rental.label)
-        return front if state == "up" else Pending(f"{state} {reason}".strip())
+        if state == "up":
+            return front
+        if reason not in told:  # the keeper would wait for the box to come back, which one with another key never does
+            told.add(reason)
+            _refuse_another_key(world, rental)
+        return Pending(f"{state} {reason}".strip())
 
     world.report(Event("tunnel", "start"))
     try:
@@ -318,3 +384,14 @@ def _tunnel(world: World, rental: Rental) -> Front:
         raise BoxFailed(error.message, error.remedy) from error
     world.report(Event("tunnel", "done", front.url))
     return front
+
+
+def _refuse_another_key(world: World, rental: Rental) -> None:
+    """Raises BoxFailed when the box shows another host key than it had."""
+    login, _ = login_key(world)
+    try:
+        box = world.provider.get(rental.instance_id or 0)
+    except MarketError:
+        return
+    if met := _know_again(world, rental, login, box).met:
+        met[1].close()

@@ -12,6 +12,7 @@ from selfhost_cli.attach import Front
 from selfhost_cli.config import Settings
 from selfhost_cli.invoice import Invoice
 from selfhost_cli.ledger import Ledger
+from selfhost_cli.lifecycle.picking import Pick
 from selfhost_cli.model import Account, Caps, Endpoint, Event, Instance
 from selfhost_cli.providers import Provider
 from selfhost_cli.remote import Remote
@@ -68,6 +69,8 @@ class World(Books):
     find_claude: Callable[[], Path]
     find_model: Callable[[], int | None]
     """Bytes to download, None when nobody can say now. Raises UsageError when there is no such model."""
+    pick: Pick | None = None
+    """The one offer to rent, and no other in its place."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Plan:
     """Machines to try, one after the other, when they do not get ready."""
     ceiling: float
     """$/h: no machine that is tried in the place of the best one may cost more. It is part of what was confirmed."""
+    pick: Pick | None = None
+    """It was picked: `choice` has this one alone."""
 
     @property
     def best(self) -> offers.Ranked:

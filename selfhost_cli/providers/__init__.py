@@ -32,6 +32,7 @@ class Provider(Protocol):
         """Every instance whose label starts so or that is among `ids`, from all pages of a complete, sound listing.
 
         Raises MarketUnreachable when the listing is missing, malformed or incomplete: that is "unknown", not "none".
+        A row with an id that makes no sense beside it is a box all the same, PENDING and with a `message`.
         """
         ...
 
@@ -51,10 +52,6 @@ class Provider(Protocol):
         """Put it on one existing box too; "already there" is success."""
         ...
 
-    def charges(self, instance_id: int, since: float) -> Charges | None:
-        """What was billed for it since then, None when the market has no figures yet."""
-        ...
-
-    def logs(self, instance_id: int, tail: int = 100) -> str:
-        """The last lines of the container's log."""
+    def charges(self, ids: Collection[int], since: float) -> dict[int, Charges]:
+        """What was billed for each of them since then, by id; without those for which there are no figures yet."""
         ...

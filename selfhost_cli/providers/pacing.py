@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from threading import Lock
 
-from selfhost_cli.errors import MarketUnreachable
+from selfhost_cli.errors import TooOften
 from selfhost_cli.wait import SYSTEM, Clock
 
 PATIENCE_S = 60.0
@@ -87,7 +87,7 @@ class Pacer:
 
     @contextmanager
     def turn(self, call: str, limit: Limit) -> Iterator[None]:
-        """Wait for a turn, and make the call inside. Raises MarketUnreachable when it is too far away, see `wait`."""
+        """Wait for a turn, and make the call inside. Raises TooOften when it is too far away, see `wait`."""
         self.wait(call, limit)
         began = self._clock.monotonic()
         try:
@@ -98,7 +98,7 @@ class Pacer:
                 self.hold(call, (limit.every + SLACK_S) * self._pace)
 
     def wait(self, call: str, limit: Limit) -> None:
-        """Sleep until it is our turn. Raises MarketUnreachable when that is longer than `patience`."""
+        """Sleep until it is our turn. Raises TooOften when that is longer than `patience`."""
         least = limit.every + SLACK_S
         every = (least + JITTER_S * random.random()) * self._pace
         ahead = (limit.burst - 1) * (least + JITTER_S) * self._pace
@@ -120,9 +120,10 @@ class Pacer:
         while True:
             self._change(call, take)
             if pause > left:
-                raise MarketUnreachable(
+                raise TooOften(
                     f"the market may not be asked for this ({call}) for another {pause:.0f} s: its rate limit",
                     "Try again after that.",
+                    seconds=pause,
                 )
             if not pause:
                 return

@@ -12,15 +12,24 @@ import re
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import requests
 
 from selfhost_cli.config import LIVE_MARKET, Settings
-from selfhost_cli.errors import AnswerLost, KeyRefused, MarketError, MarketUnreachable, NoCredit, NotSetUp, OfferGone
+from selfhost_cli.errors import (
+    AnswerLost,
+    KeyRefused,
+    MarketError,
+    MarketUnreachable,
+    NoCredit,
+    NotSetUp,
+    OfferGone,
+    TooOften,
+)
 from selfhost_cli.model import Account, BoxSpec, BoxState, Charges, Endpoint, Instance, Need, Offer
-from selfhost_cli.providers.pacing import PATIENCE_S, Limit, Pacer
+from selfhost_cli.providers.pacing import LONGEST_S, PATIENCE_S, Limit, Pacer
 from selfhost_cli.wait import SYSTEM, Clock
 
 T = TypeVar("T")
@@ -41,11 +50,10 @@ LIMITS: Mapping[str, Limit] = {
     "attach": Limit(1.0),
     "charges": Limit(1.0),
     "account": Limit(1.0),
-    "logs": Limit(1.0),
 }
-"""What the market allows per endpoint (rate-limits page and API description, August 2026); account and logs: our guess.
+"""What the market allows per endpoint (rate-limits page and API description, August 2026); account: our guess.
 
-Each endpoint is counted for itself, so whoever polls is never in the way of a destroy.
+Each endpoint is counted for itself, so whoever polls is never in the way of a destroy call.
 """
 HOPELESS = re.compile(
     "OCI runtime create failed|failed to inject CDI devices|could not select device driver|no space left on device"
@@ -70,16 +78,6 @@ def cli_key(env: Mapping[str, str]) -> str:
 def account_key(settings: Settings, env: Mapping[str, str]) -> str:
     """The key to use, "" when there is none. The one of vast's command line is for vast.ai and goes nowhere else."""
     return settings.api_key or (cli_key(env) if settings.market_url == LIVE_MARKET else "")
-
-
-class _TooOften(MarketUnreachable):
-    """The market wants so many seconds of silence."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(
-            f"the market says that we ask too often, and wants {seconds:.0f} s of silence", "Try again after that."
-        )
-        self.seconds = seconds
 
 
 class VastProvider:
@@ -148,7 +146,7 @@ class VastProvider:
             if _never_sent(error):
                 raise self._away(error) from error
             raise AnswerLost(f"the answer to renting offer {offer.id} was lost") from error
-        except (requests.RequestException, ValueError) as error:
+        except (requests.RequestException, ValueError, RecursionError) as error:
             raise AnswerLost(f"the answer to renting offer {offer.id} was lost") from error
         if (known := _contract(answer)) is not None:
             return known
@@ -173,7 +171,7 @@ class VastProvider:
                 if not isinstance(row, dict) or not isinstance(row.get("id"), int):
                     raise MarketUnreachable("the market's list of instances has a malformed row")
                 if row["id"] in ids or str(row.get("label") or "").startswith(label_prefix):
-                    found.append(_read(row))
+                    found.append(_listed(row))
             listed += len(rows)
             token = page["next_token"]
             if token is None:
@@ -230,7 +228,7 @@ class VastProvider:
         if refused and "already" not in self._text(answer):  # "SSH key already associated with instance."
             raise MarketError(f"the market did not put the login key on box {instance_id}: {self._text(answer)}")
 
-    def charges(self, instance_id: int, since: float) -> Charges | None:
+    def charges(self, ids: Collection[int], since: float) -> dict[int, Charges]:
         day = 86_400
         query = {
             "select_filters": {
@@ -241,23 +239,20 @@ class VastProvider:
             "limit": 100,
             "format": "table",
         }
-        mine: list[Row] = []
+        sources = {f"instance-{number}": number for number in ids}
+        mine: dict[int, list[Row]] = {}
         for _ in range(PAGES):
             body = self._patiently("charges", lambda: self._get("/charges/", query))
             rows = body.get("results") if isinstance(body, dict) else None
             if not isinstance(rows, list):
                 raise MarketUnreachable("the market's list of charges is malformed")
-            mine += [row for row in rows if isinstance(row, dict) and row.get("source") == f"instance-{instance_id}"]
+            for row in rows:
+                if isinstance(row, dict) and (number := sources.get(str(row.get("source")))) is not None:
+                    mine.setdefault(number, []).append(row)
             if not body.get("next_token"):
-                return _charges(mine) if mine else None
+                return {number: _charges(found) for number, found in mine.items()}
             query["after_token"] = body["next_token"]
         raise MarketUnreachable("the market's list of charges does not end")
-
-    def logs(self, instance_id: int, tail: int = 100) -> str:
-        try:
-            return str(self._patiently("logs", lambda: self._sdk.logs(instance_id, tail=str(tail))))
-        except TimeoutError as error:
-            raise MarketUnreachable(f"no log of box {instance_id} yet") from error
 
     def _get(self, path: str, query: dict[str, Any]) -> Any:
         response = self._sdk.client.get(path, query)
@@ -280,19 +275,20 @@ class VastProvider:
         for left in reversed(range(ATTEMPTS)):
             try:
                 with self._pacer.turn(call, LIMITS[call]):
-                    return ask()
+                    answer = ask()
+                return cast(T, _without(self._key, answer))
             except requests.HTTPError as error:
                 problem = self._problem(call, error.response)
                 if not left or not isinstance(problem, MarketUnreachable):
                     raise problem from error
-                if isinstance(problem, _TooOften):
+                if isinstance(problem, TooOften):
                     if problem.seconds > PATIENCE_S:
                         raise problem from error
                     continue  # the next turn is not before that
             except (requests.RequestException, ValueError) as error:
                 if not left:
                     raise self._away(error) from error
-            except (LookupError, TypeError, AttributeError) as error:
+            except (LookupError, TypeError, AttributeError, RecursionError) as error:
                 # The SDK takes answers apart without looking whether they are what it expects (1.9.1, reproduced).
                 if not left:
                     raise self._away(error) from error
@@ -305,7 +301,8 @@ class VastProvider:
             return self._read_error(response)
         seconds = max(LIMITS[call].penalty, _retry_after(response, self._clock.time()))
         self._pacer.hold(call, seconds)
-        return _TooOften(seconds)
+        said = f"the market says that we ask too often, and wants {seconds:.0f} s of silence"
+        return TooOften(said, "Try again after that.", seconds=min(seconds, LONGEST_S))
 
     def _create_error(self, response: requests.Response | None, answer: object, offer: Offer) -> MarketError:
         status = response.status_code if response is not None else 200
@@ -338,6 +335,17 @@ class VastProvider:
             text = str(answer)
         told = " ".join(text.split())
         return (told.replace(self._key, "<the key>") if self._key else told)[:300]
+
+
+def _without(key: str, answer: Any) -> Any:
+    """What the market said, without our key wherever it repeats that: all of it may be shown and logged."""
+    if isinstance(answer, str):
+        return answer.replace(key, "<the key>") if key else answer
+    if isinstance(answer, list):
+        return [_without(key, item) for item in answer]
+    if isinstance(answer, dict):
+        return {_without(key, name): _without(key, value) for name, value in answer.items()}
+    return answer
 
 
 def _tame_requests(env: MutableMapping[str, str], url: str) -> None:
@@ -410,11 +418,22 @@ def _offer(row: object) -> Offer | None:
     return offer if sound else None
 
 
+def _listed(row: Row) -> Instance:
+    """What is in the list exists: one row that makes no sense neither hides its box nor keeps the others unknown."""
+    try:
+        return _read(row)
+    except MarketUnreachable as error:
+        label = str(row.get("label") or "")
+        return Instance(row["id"], label, BoxState.PENDING, "unknown", error.message, 0, "", 0.0, None, None, None)
+
+
 def _read(row: Row) -> Instance:
     try:
         return _instance(row)
     except (TypeError, ValueError, OverflowError) as error:
-        raise MarketUnreachable(f"the market's row of box {row.get('id')} makes no sense: {error}") from error
+        raise MarketUnreachable(
+            f"the market's row of box {row.get('id')} makes no sense ({type(error).__name__})"
+        ) from error
 
 
 def _instance(row: Row) -> Instance:
@@ -474,7 +493,7 @@ def _charges(rows: Sequence[Row]) -> Charges:
                     sums[item["type"]] += float(item.get("amount") or 0.0)
         until = max((float(row["end"]) for row in rows if row.get("end")), default=None)
     except (AttributeError, TypeError, ValueError) as error:
-        raise MarketUnreachable(f"the market's charges make no sense: {error}") from error
+        raise MarketUnreachable(f"the market's charges make no sense ({type(error).__name__})") from error
     return Charges(gpu=sums["gpu"], disk=sums["disk"], down=sums["bwd"], up=sums["bwu"], until=until)
 
 
@@ -514,5 +533,5 @@ def _never_sent(error: requests.ConnectionError) -> bool:
 def _body(response: requests.Response) -> object:
     try:
         return response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return response.text

@@ -198,8 +198,9 @@ def test_the_account_has_credit(case: Case) -> None:
 
 def test_charges_are_money_or_unknown(case: Case) -> None:
     number = case.provider.create(case.provider.offers(NEED)[0], spec("selfhost-a-4"))
-    charges = case.provider.charges(number, time.time() - 60)
-    assert charges is None or min(charges.gpu, charges.disk, charges.down, charges.up) >= 0
+    for one in case.provider.charges([number], time.time() - 60).values():
+        assert min(one.gpu, one.disk, one.down, one.up) >= 0
+    assert case.provider.charges([7], time.time() - 60) == {}
     case.provider.destroy(number)
 
 
@@ -230,6 +231,17 @@ def test_filters_are_applied_to_more_than_a_page_of_instances(market: MarketProc
     made = [provider.create(offer, spec(f"selfhost-p-{offer.id}")) for offer in offers[:3]]
     assert sorted(box.id for box in provider.instances("selfhost-p-")) == sorted(made)
     market.destroy_all()
+
+
+def test_a_row_that_makes_no_sense_is_a_box_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the list; nobody could end it, or any other, if it hid them."""
+    rows = [{"id": 7, "label": "selfhost-q-1", "dph_total": "soon"}, {"id": 8, "label": "mine", "machine_id": []}]
+    provider = VastProvider("key", "http://127.0.0.1:9", clock=FakeClock())
+    monkeypatch.setattr(provider._sdk, "show_instances_v1", lambda asked: {"instances": rows, "next_token": None})
+    first, second = provider.instances("")
+    assert (first.id, first.label, first.state) == (7, "selfhost-q-1", BoxState.PENDING)
+    assert "row of box 7 makes no sense" in first.message
+    assert (second.id, second.label, second.dph_total) == (8, "mine", 0.0)
 
 
 def test_a_wrong_key_is_refused_with_a_remedy(market: MarketProcess) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import requests
 
-from selfhost_cli.errors import MarketError, MarketUnreachable
+from selfhost_cli.errors import MarketError, MarketUnreachable, TooOften
 from selfhost_cli.model import BoxSpec, Need, Offer
 from selfhost_cli.providers.pacing import Pacer
 from selfhost_cli.providers.vast import LIMITS, VastProvider, _retry_after
@@ -89,7 +89,7 @@ def everything_thrice(bench: Bench) -> None:
             lambda provider, box: provider.account(),
             lambda provider, box: provider.register_key(public),
             lambda provider, box: provider.attach_key(box, public) if box else None,
-            lambda provider, box: provider.charges(box, bench.clock.now - 60),
+            lambda provider, box: provider.charges([box], bench.clock.now - 60),
             lambda provider, box: provider.destroy(box),
         ]
         for verb in verbs:
@@ -159,10 +159,11 @@ def test_a_create_whose_turn_is_far_away_is_not_sent_and_makes_nothing(bench: Be
     one, other, _ = bench.providers
     offer = bench.offer()
     bench.market.set("/faults", fault="rate_limited", call="create", retry_after=40, calls=1)
-    with pytest.raises(MarketUnreachable, match="40 s of silence"):
+    with pytest.raises(TooOften, match="40 s of silence") as told:
         one.create(offer, spec("1"))
-    with pytest.raises(MarketUnreachable, match="another 40 s"):
+    with pytest.raises(TooOften, match="another 40 s") as refused:
         other.create(offer, spec("2"))
+    assert [round(caught.value.seconds) for caught in (told, refused)] == [40, 40]
     assert (len(bench.market.asked("PUT")), bench.clock.sleeps) == (1, [])
 
 

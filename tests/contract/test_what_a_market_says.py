@@ -61,8 +61,53 @@ CALLS: dict[str, Callable[[VastProvider], object]] = {
     "destroy": lambda market: market.destroy(7),
     "register_key": lambda market: market.register_key("ssh-ed25519 AAAA"),
     "attach_key": lambda market: market.attach_key(7, "ssh-ed25519 AAAA"),
-    "charges": lambda market: market.charges(7, 0.0),
+    "charges": lambda market: market.charges([7], 0.0),
 }
+
+
+class Parrot(Echo):
+    """Lists a box and an offer that hold what it was sent in every text, and as a number."""
+
+    def answer(self) -> None:
+        said = self.headers["authorization"]
+        row = {"id": 7, "label": "selfhost-1", "status_msg": said, "gpu_name": said, "actual_status": said}
+        rows = [row, row | {"id": 8, "machine_id": said}]
+        told = {"success": True, "instances": rows, "next_token": None, "credit": 1.0, "offers": [{"gpu_name": said}]}
+        told |= {"results": [{"source": "instance-7", "items": [{"type": "gpu", "amount": said}]}]}
+        if self.path.startswith("/api/v0/users"):
+            told["id"] = said
+        elif "/instances/7/" in self.path:
+            told["instances"] = rows[0]
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        deep = self.server.deep  # type: ignore[attr-defined]
+        body = b"[" * 200_000 if deep else json.dumps(told).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST = do_DELETE = answer
+
+
+@pytest.fixture(params=[False, True], ids=["everywhere", "deep"])
+def parrot(request: pytest.FixtureRequest) -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Parrot)
+    server.deep = request.param  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_market_that_repeats_our_key_in_a_list_does_not_get_it_shown(parrot: ThreadingHTTPServer, call: str) -> None:
+    market = VastProvider(KEY, f"http://127.0.0.1:{parrot.server_port}", env=dict(os.environ), clock=FakeClock())
+    try:
+        said = repr(CALLS[call](market))
+    except MarketError as error:
+        said = f"{error.message} {error.remedy}"
+    assert KEY[:8] not in said
 
 
 @pytest.mark.parametrize(

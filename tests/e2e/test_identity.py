@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.model import Rental, State
 from selfhost_cli.remote import ConnectionLost, NotYet, OtherKey
-from selfhost_cli.remote.ssh import connect
+from selfhost_cli.remote.ssh import connect, make_key
 from tests.e2e.stage import Stage
 from tests.waiting import until
 
@@ -195,3 +196,39 @@ def check_restart(stage: Stage, box: Path, key: str) -> None:
     until(lambda: lease.stat().st_mtime > began, 60)
     assert own_key_of(box) == key
     until(lambda: shows(stage, key))
+
+
+@pytest.mark.long
+def test_a_key_that_changes_before_the_box_is_ready_ends_it_at_once(make_stage: Callable[..., Stage]) -> None:
+    stage = make_stage(attempts=1)
+    first = stage.spawn("up", "--yes", "--detach")
+    until(lambda: has_its_own_key(stage), 60)
+    first.kill()
+    first.communicate()
+    now, box = rental(stage), stage.box()
+    assert now.state is State.INSTALLING
+    stranger = change_key(box)
+    until(lambda: shows(stage, stranger))
+    began = time.monotonic()
+    failed = stage.up(code=1)
+    assert f"the host key of box {now.instance_id} has changed" in failed.err
+    assert len(set(re.findall(r"SHA256:[\w+/]+", failed.err))) == 2
+    assert stage.billed == 0
+    assert time.monotonic() - began < 60, "it was waited for"
+
+
+def has_its_own_key(stage: Stage) -> bool:
+    with closing(Ledger(stage.paths.ledger)) as ledger:
+        return any(one.state is State.INSTALLING and not one.bootstrap for one in ledger.live())
+
+
+def change_key(box: Path) -> str:
+    """What somebody would show who got the box's address."""
+    private, public = make_key("stranger")
+    key = box / "etc/ssh/ssh_host_ed25519_key"
+    draft = key.with_suffix(".draft")
+    draft.touch(mode=0o600)
+    draft.write_text(private)
+    draft.replace(key)
+    os.kill(int((box / "run/sshd.pid").read_text()), signal.SIGHUP)
+    return public

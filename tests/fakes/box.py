@@ -42,6 +42,9 @@ class FakeBox:
     """So often sshd does not hear that it has another host key."""
     makes_keys: bool = True
     uploads: list[bytes] = field(default_factory=list)
+    limits: dict[Endpoint, str] = field(default_factory=dict)
+    """What limits.sh was told last."""
+    limits_code: int = 0
     before: Callable[[str], None] = lambda verb: None
 
     def connect(self, endpoint: Endpoint, host_keys: Sequence[str], login_key: Path) -> Remote:
@@ -93,6 +96,10 @@ class _Connection:
         if command.startswith(install.HOST_KEY):
             verb, key = command.removeprefix(install.HOST_KEY).strip().split(" ", 1)
             return self._box.replace_key(self._endpoint, verb, key.strip("'"))
+        if command.startswith(install.LIMITS):
+            self._box.before("limits")
+            self._box.limits[self._endpoint] = command.removeprefix(install.LIMITS).strip()
+            return Result(self._box.limits_code, "", "limits.sh: no\n" if self._box.limits_code else "")
         if command == install.ARMED:
             return Result(0, self._box.armed + "\n", "")
         if command == install.ARCHIVE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from selfhost_cli.errors import AnswerLost, MarketError, MarketUnreachable, NoCredit, OfferGone
+from selfhost_cli.errors import AnswerLost, MarketError, MarketUnreachable, NoCredit, OfferGone, TooOften
 from selfhost_cli.model import Account, BoxSpec, BoxState, Charges, Endpoint, Instance, Need, Offer
 from tests.fakes.clock import FakeClock
 
@@ -54,6 +54,8 @@ class FakeMarket:
     gone: int = 0
     lost_with_effect: int = 0
     lost_without_effect: int = 0
+    silences: list[float] = field(default_factory=list)
+    """Each of so many creates is refused, with the seconds of silence that are wanted."""
     unreachable: int = 0
     undead: int = 0
     immortal: set[int] = field(default_factory=set)
@@ -64,6 +66,9 @@ class FakeMarket:
     status: str = ""
     charged: float | None = None
     """What a box costs, where that is not what its offer said."""
+    charged_for: dict[int, Charges] = field(default_factory=dict)
+    """The figures that it has."""
+    charges_asked: int = 0
     before: Callable[[str], None] = lambda verb: None
 
     def account(self) -> Account:
@@ -80,6 +85,8 @@ class FakeMarket:
         self.creates += 1
         if self.credit <= 0:
             raise NoCredit("the account cannot pay")
+        if self.silences:
+            raise TooOften("we ask too often", seconds=self.silences.pop(0))
         if self._take("gone"):
             raise OfferGone(f"offer {offer.id} is gone")
         if self._take("lost_without_effect"):
@@ -124,13 +131,10 @@ class FakeMarket:
     def attach_key(self, instance_id: int, public_key: str) -> None:
         self._ask("attach_key")
 
-    def charges(self, instance_id: int, since: float) -> Charges | None:
+    def charges(self, ids: Collection[int], since: float) -> dict[int, Charges]:
         self._ask("charges")
-        return None
-
-    def logs(self, instance_id: int, tail: int = 100) -> str:
-        self._ask("logs")
-        return ""
+        self.charges_asked += 1
+        return {number: self.charged_for[number] for number in ids if number in self.charged_for}
 
     def _ask(self, verb: str) -> None:
         self.before(verb)

@@ -79,7 +79,7 @@ RULES = {
     ),
     "an unknown list counts as empty": Broken(
         3,
-        ((ending.prove, "            return wait(error.message)\n", "            boxes = []\n"),),
+        ((ending.prove, "            return wait(error.message)\n", "            rows = []\n"),),
         Group(OF_CREATING, "the list unknown for 200 s after the crash", then=("down",)),
         "`down` ended with 0, and a box is billed",
     ),
@@ -103,7 +103,7 @@ RULES = {
     ),
     "down does not record ENDING": Broken(
         4,
-        ((ending._record_ending, 'books.ledger.end(rental.label, "down")', "pass"),),
+        ((ending._record_ending, 'books.ledger.end(rental.label, "down")', "rental"),),
         Group(OF_READY, "destroy fails 3 times", then=("keeper",)),
         "the keeper did not end what nobody uses",
     ),
@@ -157,6 +157,18 @@ RULES = {
         ((steps._check_armed, 'if answer != "ok" and not world.settings.unguarded:', "if False:"),),
         Group("up", "the watchdog cannot arm", then=("up",)),
         "a box that cannot end itself is in use",
+    ),
+    "a box counts with its offer's price": Broken(
+        6,
+        ((steps._tell_price, "if rental.dph_told == rental.dph_total:", "if True:"),),
+        Group("up", "the box is a little dearer than its offer", then=("up",)),
+        "a box counts its dollars with another price than it costs",
+    ),
+    "what can only be read is forgotten": Broken(
+        3,
+        ((ending._record_ending, "return list(rentals.values()), error.message", "return [], error.message"),),
+        Group("up, on a ready box", "the ledger cannot be written, and its label is another one", then=("down",)),
+        "`down` ended with 0, and a box is billed",
     ),
     "the headline has no price": Broken(
         7,

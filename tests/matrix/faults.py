@@ -26,6 +26,8 @@ class Fault:
     hopeless: bool = False
     delays: bool = False
     lost: bool = False
+    unwritable: bool = False
+    """Nothing can be written to the ledger after the crash."""
     early: bool = False
     """Done to the world before what ran before, too."""
 
@@ -66,6 +68,15 @@ def _dead_box(outside: Outside) -> None:
 
 def _relabelled(outside: Outside) -> None:
     outside.market.boxes |= {box.id: replace(box, label="my-claude-box") for box in outside.market.ours}
+
+
+def _full(outside: Outside) -> None:
+    outside.full = True
+
+
+def _full_and_relabelled(outside: Outside) -> None:
+    _full(outside)
+    _relabelled(outside)
 
 
 def _no_sshd(outside: Outside) -> None:
@@ -110,6 +121,7 @@ FAULTS = {
         Fault("the host cannot start the box", _set(bad_machines=frozenset({1}))),
         Fault("the host loads for ever", _set(stuck_machines=frozenset({1}))),
         Fault("the box is dearer than its offer", _set(charged=1.28), hopeless=True),
+        Fault("the box is a little dearer than its offer", _set(charged=0.36)),
         Fault("its label is another one after the crash", crash=_relabelled),
         Fault("the install fails", _set(box_install_code=1), hopeless=True),
         Fault("the watchdog cannot arm", _set(box_armed="refused 401"), hopeless=True),
@@ -118,6 +130,10 @@ FAULTS = {
         Fault("an hour passes after the crash", crash=_later(3600)),
         Fault("the ledger is lost at the crash", lost=True),
         Fault("the ledger is lost, and the list lags", _set(listing_lag=45.0), early=True, lost=True),
+        Fault("the ledger cannot be written", crash=_full, unwritable=True),
+        Fault(
+            "the ledger cannot be written, and its label is another one", crash=_full_and_relabelled, unwritable=True
+        ),
         Fault("the keeper does not run", _blind, hopeless=True),
     )
 }

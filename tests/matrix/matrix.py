@@ -31,6 +31,9 @@ class Scenario:
 
 RELABELLED = "its label is another one after the crash"
 """Only where the ledger knows the box by number: else nobody could know it again."""
+FULL = "the ledger cannot be written"
+FULL_RELABELLED = "the ledger cannot be written, and its label is another one"
+"""Nobody but `down` works with such a ledger."""
 
 KILLED_CREATING = ("up", "market:create:after")
 KILLED_BOOTING = ("up", "market:attach_key:before")
@@ -48,6 +51,8 @@ SCENARIOS = {
         Scenario("down, of a ready box", "down", (READY,)),
         Scenario("down, of an up killed at its create", "down", (KILLED_CREATING,)),
         Scenario("down, of an up killed booting", "down", (KILLED_BOOTING,)),
+        Scenario("reap, of an up killed at its create", "reap", (KILLED_CREATING,)),
+        Scenario("reap, of an up killed installing", "reap", (KILLED_INSTALLING,)),
         Scenario("keeper, of an up killed at its create", "keeper", (KILLED_CREATING,)),
         Scenario("keeper, of an up killed booting", "keeper", (KILLED_BOOTING,)),
     )
@@ -75,7 +80,9 @@ def groups() -> list[Group]:
         Group("up", "none", "stop", ("down",), every=True),
         Group("up", "none", "ending", ("down",), every=True),
     ]
-    made += [Group("up", name) for name in FAULTS if name not in ("none", RELABELLED)]
+    made += [Group("up", name) for name in FAULTS if name not in ("none", RELABELLED, FULL, FULL_RELABELLED)]
+    made += [Group(name, FULL, then=("down",)) for name in ("up", "up, on a ready box", "down, of a ready box")]
+    made += [Group(name, FULL_RELABELLED, then=("down",)) for name in ("up, on a ready box", "down, of a ready box")]
     for name in ("the list lags 45 s", "create: answer lost, and the list lags", "destroy fails 3 times"):
         made += [Group("up", name, kind, ("down",)) for kind in ("ctrl-c", "stop", "ending")]
         made.append(Group("up", name, then=("twice",)))
@@ -264,7 +271,7 @@ class _Combination:
             self._broken(f"`down` never succeeds: {_short(answer)}")
         if self._billed:
             self._broken("`down` ended with 0, and a box is billed")
-        if self._scene.state() is not None:
+        if self._scene.state() is not None and not self._fault.unwritable:
             self._broken("`down` ended with 0, and the ledger has a live rental")
 
     def _up(self) -> None:
@@ -298,6 +305,9 @@ class _Combination:
             self._broken(f"`up` ended with 0 and box {answer.box}, the market has {[box.id for box in boxes]}")
         if not answer.armed:
             self._broken("a box that cannot end itself is in use")
+        told, price = self._outside.box.limits, self._outside.market.charged
+        if price and any(told.get(box.direct) != f"DPH={price:.6f}" for box in boxes if box.direct):
+            self._broken("a box counts its dollars with another price than it costs")
         again = self._outside.market.made[made:]
         if resumable and not failed and (again or answer.box != there[0].id):
             self._broken("`up` did not resume the box that was paid for")

@@ -166,6 +166,8 @@ class Outside:
     clock: Clock
     market: Market
     box: Box
+    full: bool = False
+    """The disk is: the ledger can only be read."""
     blind: bool = False
     """The keeper does not run, although it says so."""
     tunnel: str = "up"

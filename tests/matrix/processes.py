@@ -30,6 +30,7 @@ from selfhost_cli.config import Settings
 from selfhost_cli.errors import SelfhostError
 from selfhost_cli.keeper.deadlines import Deadlines, Watch
 from selfhost_cli.ledger import Ledger
+from selfhost_cli.lifecycle import reaping
 from selfhost_cli.lock import ProcessLock
 from selfhost_cli.model import Event, Rental, State
 from selfhost_cli.remote.ssh import make_key, public_half
@@ -100,7 +101,7 @@ class Scene:
         record: bool = False,
         change: Change | None = None,
     ) -> Answer:
-        """Run `up`, `down` or `keeper` to its end, or until `kind` happens to it at its step number `at`.
+        """Run `up`, `down`, `reap` or `keeper` to its end, or until `kind` happens to it at its step number `at`.
 
         kind: kill (SIGKILL) · stop (SIGSTOP: it stays there until `reap`) · ctrl-c · ending (another process
         records ENDING, and it goes on). `change` is done to the outside when that happens, or at the end.
@@ -164,9 +165,6 @@ class Scene:
             path.unlink()
 
 
-logging.disable(logging.CRITICAL)
-
-
 class _Process:
     """The life of one forked process."""
 
@@ -180,6 +178,7 @@ class _Process:
 
     def live(self) -> NoReturn:
         code = 70
+        logging.disable(logging.CRITICAL)
         try:
             faulthandler.dump_traceback_later(REAL_S, exit=True)
             code = self._run()
@@ -216,9 +215,14 @@ class _Process:
 
     def _command(self, settings: Settings) -> Answer:
         with closing(SteppedLedger(settings.paths.ledger, self._wire)) as ledger, _billing_headline(settings, ledger):
+            if self._outside.full:
+                ledger._db.execute("PRAGMA query_only = 1")
             world = self._world(settings, ledger)
             if self._what == "down":
                 lifecycle.down(world)
+                return Answer(0)
+            if self._what == "reap":
+                reaping.reap(world)
                 return Answer(0)
             rental = lifecycle.up(world, lambda plan: True)
             return Answer(0, box=rental.instance_id, armed=self._outside.box.armed == "ok")
@@ -310,7 +314,7 @@ class _Process:
         locks = [ProcessLock(path).holder() for path in (paths.up_lock, paths.down_lock)]
         counters = (market.gone, market.lost_with_effect, market.lost_without_effect, market.undead)
         counters += (market.failing_destroys, market.unknown_lists, market.refusing, len(market.made), box.refusals)
-        counters += (sorted(box.shown.items()), sorted(box.follows.items()))
+        counters += (sorted(box.shown.items()), sorted(box.follows.items()), sorted(box.limits.items()))
         return hash(repr((rows, files, locks, sorted(market.boxes), sorted(market.ghosts), counters)))
 
 

@@ -214,7 +214,7 @@ def test_a_market_that_is_down_for_minutes_is_unknown_and_comes_back(bench: Benc
         lambda: bench.provider.get(number),
         lambda: bench.provider.destroy(number),
         lambda: bench.provider.offers(Need()),
-        lambda: bench.provider.charges(number, 0.0),
+        lambda: bench.provider.charges([number], 0.0),
     ):
         with pytest.raises(MarketUnreachable):
             ask()
@@ -261,7 +261,7 @@ def test_no_odd_answer_is_taken_for_news(bench: Bench, shape: str) -> None:
         bench.listed,
         lambda: bench.provider.get(number),
         lambda: bench.provider.offers(Need()),
-        lambda: bench.provider.charges(number, 0.0),
+        lambda: bench.provider.charges([number], 0.0),
         lambda: bench.provider.destroy(number),
     ]
     for ask in asks:
@@ -352,11 +352,9 @@ def test_every_page_of_the_charges_is_read(bench: Bench) -> None:
     bench.market.advance(3600)
     bench.fault("short_pages", call="charges", rows=7)  # of a hundred that other tests left
     since = bench.clock.time() - 400 * 86_400
-    for number in rented:
-        charges = bench.provider.charges(number, since)
-        assert charges is not None
-        assert charges.disk > 0
-    assert bench.provider.charges(7, since) is None
+    charges = bench.provider.charges([*rented, 7], since)
+    assert set(charges) == set(rented)
+    assert min(one.disk for one in charges.values()) > 0
 
 
 # --- starting -----------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_what_is_moved_holds_and_the_rest_stays(limits: Box) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        *("MAX_S", "MAX_S=", "MAX_S=-1", "MAX_S=1e9", "MAX_S=.5", "MAX_S=1.2.3", "MAX_S=12345678901", "DPH=0"),
+        *("MAX_S", "MAX_S=", "MAX_S=-1", "MAX_S=1e9", "MAX_S=.5", "MAX_S=1.2.3", "MAX_S=12345678901", "DPH=-1"),
         *("'MAX_S=1;id'", "'MAX_S=1\nMAX_S=2'", "'MAX_S=1 '", "CONTAINER_ID=1", "''", "'MAX_S=$(id)'", "max_s=1"),
     ],
 )
@@ -67,6 +67,15 @@ def test_nonsense_is_refused_and_moves_nothing(limits: Box, wrong: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert "no limit" in done.stderr
     assert holds(limits)["IDLE_S"] == "600"
+
+
+def test_the_price_that_dollars_are_counted_with_can_be_moved(limits: Box) -> None:
+    before = holds(limits)
+    assert ask(limits, "DPH=0.790000").returncode == 0
+    assert (limits.run / "limits").read_text() == "SELFHOST_DPH=0.790000\n"
+    assert ask(limits, "MAX_S=40000").returncode == 0
+    assert holds(limits) == before | {"MAX_S": "40000"}
+    assert "SELFHOST_DPH=0.790000" in (limits.run / "limits").read_text()
 
 
 def test_a_box_that_is_ending_gets_no_more_time(limits: Box) -> None:

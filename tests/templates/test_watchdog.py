@@ -307,6 +307,18 @@ def test_limits_can_be_moved_later_and_nonsense_in_them_is_ignored(box: Box, mar
     eventually(lambda: DELETE in market.calls)
 
 
+def test_dollars_are_counted_with_the_price_that_the_box_was_told(box: Box, market: Market, watch: Watch) -> None:
+    """From the start on, whatever its offer had said."""
+    box.run.mkdir(parents=True)
+    (box.run / "started").write_text(str(int(time.time()) - 3600))
+    watch(SELFHOST_MAX_DOLLARS="0.60")
+    ticks(box, market)
+    assert DELETE not in market.calls
+    (box.run / "limits").write_text("SELFHOST_DPH=0.790000\n")
+    eventually(lambda: DELETE in market.calls)
+    assert "money cap" in box.text("run/verdict")
+
+
 @pytest.mark.parametrize(("status", "said"), [(403, "refused 403"), (404, "refused 404")])
 def test_a_definite_refusal_to_arm_is_recorded_and_final(
     status: int, said: str, box: Box, market: Market, watch: Watch

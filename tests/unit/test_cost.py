@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from selfhost_cli import cost
+from selfhost_cli import config, cost
 from selfhost_cli.cost import PerMillion
 from selfhost_cli.errors import UsageError
-from selfhost_cli.ledger import Usage
+from selfhost_cli.ledger import Ledger, Usage
+from selfhost_cli.lifecycle import Books, billing
 from selfhost_cli.model import Charges, Rental, State
+from tests.fakes.clock import FakeClock
+from tests.fakes.market import FakeMarket
 from tests.fakes.rental import make_rental
 
 PRICE = PerMillion(2.0, 0.2, 10.0)
+MARKET = "http://127.0.0.1:9"
 NOON = time.mktime((2026, 11, 10, 12, 0, 0, 0, 0, -1))
 DAY = 86_400.0
 
@@ -71,6 +78,46 @@ def test_what_runs_is_told_so_far_whatever_the_month() -> None:
 def test_a_rental_that_never_became_a_box_is_not_told() -> None:
     never = make_rental(state=State.ENDED, created_at=NOON)
     assert cost.report([never], {}, PRICE, "2026-11", now=NOON).rentals == ()
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Iterator[Books]:
+    """Twelve rentals, one a day, that the market had no figures for so far."""
+    settings = config.load("default", flags={"market_url": MARKET}, env={"SELFHOST_HOME": str(tmp_path)})
+    settings.paths.make()
+    clock = FakeClock(NOON + 13 * DAY - 1)
+    with closing(Ledger(settings.paths.ledger)) as ledger:
+        for number in range(12):
+            rental = replace(
+                ended(f"r{number}", NOON + number * DAY, 0.0),
+                instance_id=number,
+                charges=None,
+                market=f"{MARKET} account 1",
+            )
+            ledger.intend(replace(rental, state=State.CREATING))
+            ledger.amend(rental.label, state=State.ENDED)
+        yield Books(
+            settings=settings, provider=FakeMarket(clock), ledger=ledger, report=lambda event: None, clock=clock
+        )
+
+
+def test_all_estimates_are_asked_for_in_one_question_and_none_starves(books: Books) -> None:
+    market = books.provider
+    assert isinstance(market, FakeMarket)
+    market.charged_for = {number: Charges(0.5, 0.0, 0.0, 0.0, until=NOON + 2 * DAY) for number in (0, 1)}
+    billing.reconcile(books)
+    assert market.charges_asked == 1
+    assert [rental.label for rental in books.ledger.all() if rental.charges] == ["r0", "r1"]
+
+
+def test_a_bill_brings_the_figures_of_the_last_days_along(books: Books) -> None:
+    market = books.provider
+    assert isinstance(market, FakeMarket)
+    market.charged_for = {number: Charges(0.5, 0.0, 0.0, 0.0, until=NOON + 20 * DAY) for number in range(12)}
+    (last,) = [rental for rental in books.ledger.all() if rental.label == "r11"]
+    assert billing.bill(books, last).total == 0.5
+    assert market.charges_asked == 1
+    assert [rental.label for rental in books.ledger.all() if rental.charges] == ["r10", "r11"]
 
 
 @pytest.mark.parametrize("text", ["", "11", "2026-13", "2026-11-01", "last"])

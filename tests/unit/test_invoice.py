@@ -100,6 +100,19 @@ def test_a_box_of_which_nothing_was_heard_ended_at_its_caps_at_the_latest() -> N
     assert bill.hours == 2
 
 
+def test_a_box_without_a_watchdog_is_billed_until_it_was_proven_gone() -> None:
+    rental = running(guarded=False, heard=make_heard(START + HOUR), ended_at=START + 10 * HOUR)
+    assert invoice(rental, Usage(), now=START + 11 * HOUR).hours == 10
+    so_far = replace(rental, state=State.READY, ended_at=None)
+    assert invoice(so_far, Usage(), now=START + 9 * HOUR).hours == 9
+
+
+def test_a_box_that_was_seen_to_run_was_not_ended_by_its_watchdog() -> None:
+    rental = running(heard=make_heard(START + HOUR), ended_at=START + 10 * HOUR, seen_at=START + 10 * HOUR)
+    bill = invoice(rental, Usage(), now=START + 11 * HOUR)
+    assert (bill.hours, bill.uncertain) == (10, False)
+
+
 def test_an_end_that_was_seen_leaves_no_doubt() -> None:
     rental = running(heard=make_heard(START + HOUR), ended_at=START + HOUR + 50)
     bill = invoice(rental, Usage(), now=START + 9 * HOUR)
@@ -110,7 +123,8 @@ def test_an_end_that_was_seen_leaves_no_doubt() -> None:
 @pytest.mark.parametrize(
     ("until", "now", "right"),
     [
-        (None, START + HOUR, True),
+        (None, START + 20 * HOUR, False),  # nobody says that it is all
+        (None, START + 30 * HOUR, True),
         (START + HOUR - 30, START + HOUR, True),
         (START + HOUR / 2, START + HOUR, False),  # they lag behind
         (START + HOUR / 2, START + 20 * HOUR, False),

@@ -183,6 +183,20 @@ def test_a_box_without_any_watchdog_ends_by_its_caps_too(ready: Ready) -> None:
     assert ready.rental.reason == "its 2 h are over"
 
 
+@pytest.mark.parametrize("hours", [12, -12])
+def test_a_clock_that_is_set_ends_no_box_and_lets_none_go_on(ready: Ready, hours: int) -> None:
+    lost = Watch(down_since=START + 60)
+    ready.clock.sleep(HOUR)
+    assert ready.pass_(30, lambda: lost) is None
+    ready.clock.set_by = hours * HOUR
+    assert ready.pass_(600, lambda: lost) is None
+    assert ready.pass_(600, lambda: Watch(heard=ready.heard(ready.clock.now - START))) is None
+    ready.clock.sleep(HOUR - 1230)
+    dead = ready.heard(600)
+    assert ready.pass_(200, lambda: Watch(heard=dead)) is not None
+    assert ready.rental.reason == "its 2 h are over"
+
+
 def test_a_watchdog_at_work_knows_better_what_was_extended(ready: Ready) -> None:
     ready.clock.sleep(7200)
     assert ready.pass_(600, lambda: Watch(heard=ready.heard(ready.clock.time() - START))) is None

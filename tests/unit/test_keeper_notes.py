@@ -104,12 +104,13 @@ def told(ledger: Ledger) -> list[str]:
     return [text for rental in ledger.all() for _, kind, text in ledger.events(rental.label) if kind == "link"]
 
 
-def test_each_state_of_a_link_is_in_the_ledger_once_with_its_reason(keeper: _Keeper, ledger: Ledger) -> None:
+def test_each_state_of_a_link_is_in_the_ledger_once_with_its_reasons(keeper: _Keeper, ledger: Ledger) -> None:
     (rental,), wire = ledger.all(), Wire()
     keeper._links = {rental.label: wire}  # type: ignore[dict-item]
     for state, reason in (
         (LinkState.CONNECTING, "refused"),
-        (LinkState.CONNECTING, "refused again"),
+        (LinkState.CONNECTING, "another host key"),
+        (LinkState.CONNECTING, "refused"),
         (LinkState.UP, ""),
         (LinkState.RECONNECTING, "no answer for 8 s"),
     ):
@@ -119,8 +120,23 @@ def test_each_state_of_a_link_is_in_the_ledger_once_with_its_reason(keeper: _Kee
     ledger.end(rental.label, "down")
     keeper._read()
     keeper._relink()
-    assert told(ledger) == ["connecting refused", "up", "reconnecting no answer for 8 s", "stopped"]
+    assert told(ledger) == [
+        "connecting refused",
+        "connecting another host key",
+        "up",
+        "reconnecting no answer for 8 s",
+        "stopped",
+    ]
     assert wire.state is LinkState.STOPPED
+
+
+def test_a_box_that_makes_up_reasons_does_not_fill_the_ledger(keeper: _Keeper, ledger: Ledger) -> None:
+    (rental,), wire = ledger.all(), Wire(LinkState.DEGRADED)
+    keeper._links = {rental.label: wire}  # type: ignore[dict-item]
+    for number in range(100):
+        wire.reason = f"the box cannot renew its lease: {number}"
+        keeper._note_links()
+    assert 1 < len(told(ledger)) < 20
 
 
 def test_who_asks_while_a_box_is_got_ready_is_told_to_come_back_in_a_minute(keeper: _Keeper, ledger: Ledger) -> None:

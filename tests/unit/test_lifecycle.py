@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,13 +23,15 @@ from selfhost_cli.errors import (
     NotSetUp,
     SelfhostError,
     Superseded,
+    TooOften,
     UsageError,
 )
 from selfhost_cli.ledger import Ledger, LedgerBroken
-from selfhost_cli.lifecycle import Plan, World
+from selfhost_cli.lifecycle import Plan, World, ending
 from selfhost_cli.lifecycle.renting import login_key, make_plan
 from selfhost_cli.lock import ProcessLock
-from selfhost_cli.model import BoxSpec, BoxState, Endpoint, Event, Instance, State
+from selfhost_cli.model import BoxSpec, BoxState, Endpoint, Event, Heard, Instance, State
+from selfhost_cli.remote import NotYet
 from selfhost_cli.remote.ssh import make_key, public_half
 from tests.fakes.box import FakeBox, FakeKeeper, serving
 from tests.fakes.clock import FakeClock
@@ -376,21 +379,10 @@ def test_up_says_what_else_of_selfhost_runs_on_the_account(stage: Stage) -> None
     assert told == ["box 77 ($0.32/h) of another installation of selfhost runs on this account, too"]
 
 
-def test_down_does_not_speak_for_what_it_could_not_see(stage: Stage) -> None:
+def test_down_tells_what_else_the_account_has(stage: Stage) -> None:
     stage.up()
     box = stage.market.boxes[5001]
     assert stage.down().alone
-    asked = 0
-
-    def before(verb: str) -> None:
-        nonlocal asked
-        asked += verb == "instances"
-        if asked == 2:  # the first proves that ours is gone
-            raise MarketUnreachable("the market cannot be reached")
-
-    stage.market.before = before
-    assert not stage.down().alone
-    stage.market.before = lambda verb: None
     stage.market.boxes[3] = replace(box, id=3, label="training")
     ended = stage.down()
     assert (ended.foreign, ended.alone) == ((), False)
@@ -582,13 +574,49 @@ def lose_the_ledger(stage: Stage) -> None:
     stage.ledger._db.execute("PRAGMA query_only = 1")
 
 
-def test_down_works_from_labels_when_the_ledger_cannot_be_written(stage: Stage) -> None:
+@pytest.mark.parametrize("label", ["ours", "changed at the market"])
+def test_a_ledger_that_can_only_be_read_still_knows_the_box(stage: Stage, label: str) -> None:
     stage.up()
+    stage.clock.now += 3600
+    if label != "ours":
+        relabel(stage, 5001)
     lose_the_ledger(stage)
     ended = stage.down()
     assert stage.billed == 0
-    assert [box.id for box in ended.unknown] == [5001]
+    assert (ended.unknown, [bill.instance_id for bill in ended.invoices]) == ((), [5001])
+    assert ended.invoices[0].total == pytest.approx(0.32, abs=0.02)
     assert "ledger" in ended.ledger_problem
+
+
+def test_a_ledger_that_can_only_be_read_still_knows_whose_account_it_was(stage: Stage) -> None:
+    stage.up()
+    lose_the_ledger(stage)
+    with pytest.raises(MayBeBilling, match=r"account 1, and this is .* account 2"):
+        lifecycle.down(replace(stage.world, provider=FakeMarket(stage.clock, account_id="2")))
+    assert stage.billed == 1
+
+
+def test_what_an_up_rented_until_it_was_stopped_is_ended_and_billed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rent_another(books: lifecycle.Books) -> bool:
+        """The first one failed, as `down` began; its `up` had the next one by the time it was stopped."""
+        (failed,) = stage.ledger.live()
+        stage.market.boxes.clear()
+        stage.ledger.ended(failed.label, stage.clock.time())
+        second = replace(failed, label=f"{stage.world.prefix}b", instance_id=None, ended_at=None, state=State.CREATING)
+        stage.ledger.intend(second)
+        number = stage.market.create(make_offer(2), BoxSpec(second.label, "image", 30.0, "", {}))
+        stage.ledger.advance(second, State.BOOTING, instance_id=number)
+        relabel(stage, number)
+        return True
+
+    stage.up()
+    monkeypatch.setattr(ending, "_stop_up", rent_another)
+    ended = stage.down()
+    assert stage.billed == 0
+    assert [bill.instance_id for bill in ended.invoices] == [5001, 5002]
+    assert [rental.state for rental in stage.ledger.all()] == [State.ENDED] * 2
 
 
 def test_down_works_with_a_stand_in_for_a_broken_ledger(stage: Stage) -> None:
@@ -1084,6 +1112,215 @@ def test_a_price_that_moved_a_little_is_told_and_recorded(stage: Stage, price: f
     assert rental.dph_total == price
     assert rental.dph_base == pytest.approx(price - 0.01)
     assert any("its offer said $0.320/h" in event.text for event in stage.events)
+    assert list(stage.box.limits.values()) == [f"DPH={price:.6f}"], "what its watchdog counts with"
+    assert stage.ledger.live()[0].dph_told == price
+
+
+def test_a_box_at_its_offers_price_is_told_nothing(stage: Stage) -> None:
+    stage.up()
+    assert stage.box.limits == {}
+
+
+def test_a_box_that_does_not_count_with_its_price_is_not_kept(stage: Stage) -> None:
+    stage.market.charged, stage.box.limits_code = 0.33, 1
+    with pytest.raises(BoxFailed, match=r"does not count with its price: limits\.sh: no"):
+        lifecycle.up(only_one(stage), lambda plan: True)
+    assert stage.billed == 0
+    world = replace(stage.world, settings=replace(stage.world.settings, unguarded=True))
+    assert lifecycle.up(world, lambda plan: True).state is State.READY
+
+
+def test_the_price_is_told_by_whoever_goes_on_with_the_install(stage: Stage) -> None:
+    stage.market.charged, stage.box.losses = 0.33, 4
+    with pytest.raises(BoxFailed):
+        lifecycle.up(only_one(stage), lambda plan: True)
+    assert stage.box.limits == {}
+    rental = make_rental(f"{stage.world.prefix}a", sent_at=stage.clock.time(), disk_gb=30.0, dph_told=0.31)
+    stage.ledger.intend(rental)
+    number = stage.market.create(make_offer(3), BoxSpec(rental.label, "image", 30.0, "", {}))
+    rental = stage.ledger.advance(rental, State.BOOTING, instance_id=number, running_at=stage.clock.time())
+    stage.ledger.note(rental, dph_total=0.33)
+    assert lifecycle.up(stage.world, lambda plan: True).dph_told == 0.33
+    assert list(stage.box.limits.values()) == ["DPH=0.330000"]
+
+
+def test_a_substitute_that_is_dearer_than_its_offer_is_held_to_what_was_confirmed(stage: Stage) -> None:
+    stage.market.stock = [make_offer(1, dph_total=0.40), make_offer(2, dph_total=0.495)]  # 0.40 + 25 % are 0.50
+    stage.market.gone, stage.market.charged = 1, 0.61
+    with pytest.raises(BoxFailed, match=r"costs \$0\.610/h, and its offer said \$0\.495/h"):
+        lifecycle.up(only_one(stage), lambda plan: True)
+    assert stage.billed == 0
+
+
+def away(stage: Stage, seconds: float) -> Callable[[str], None]:
+    """From now on the market, and ssh with it, for so long."""
+    until = stage.clock.time() + seconds
+
+    def before(verb: str) -> None:
+        if stage.clock.time() < until:
+            stage.clock.sleep(1)
+            raise NotYet("no route") if verb == "connect" else MarketUnreachable("no connection")
+
+    return before
+
+
+def test_a_network_that_is_away_during_the_install_is_not_the_boxs_fault(stage: Stage) -> None:
+    def before(verb: str) -> None:
+        if verb == "line":
+            stage.box.before = stage.market.before = away(stage, 330)
+
+    stage.box.losses, stage.box.lines, stage.box.before = 1, download(1e6, 1), before
+    assert lifecycle.up(stage.world, lambda plan: True).machine_id == 1
+    assert stage.market.creates == 1
+
+
+def test_a_box_that_ended_itself_during_the_install_is_not_waited_for(stage: Stage) -> None:
+    def before(verb: str) -> None:
+        if verb == "line" and stage.market.creates == 1:
+            stage.market.boxes.clear()
+            stage.box.before = gone
+
+    def gone(verb: str) -> None:
+        if stage.market.creates == 1:
+            raise NotYet("refused")
+
+    stage.box.losses, stage.box.lines, stage.box.before = 1, download(1e6, 1), before
+    began = stage.clock.time()
+    assert lifecycle.up(stage.world, lambda plan: True).machine_id == 2
+    assert "does not know" in stage.ledger.all()[0].reason
+    assert stage.clock.time() < began + 120
+
+
+def test_a_market_that_is_away_right_after_the_create_is_not_the_boxs_fault(stage: Stage) -> None:
+    stage.market.state, stage.market.status = BoxState.PENDING, "created"
+
+    def before(verb: str) -> None:
+        if stage.market.boxes and stage.clock.time() < began + 360:
+            stage.clock.sleep(1)
+            raise MarketUnreachable("no connection")
+        if stage.clock.time() > began + 400:
+            stage.market.boxes = {n: replace(box, state=BoxState.RUNNING) for n, box in stage.market.boxes.items()}
+
+    began = stage.clock.time()
+    stage.market.before = before
+    assert lifecycle.up(stage.world, lambda plan: True).machine_id == 1
+    assert stage.market.creates == 1
+    assert stage.clock.time() > began + 400
+
+
+def test_what_was_not_skipped_counts_for_the_up_that_takes_over(stage: Stage) -> None:
+    stage.market.state, stage.market.status = BoxState.PENDING, "created"
+    rental = make_rental(f"{stage.world.prefix}a", sent_at=stage.clock.time(), disk_gb=30.0)
+    stage.ledger.intend(rental)
+    number = stage.market.create(make_offer(1), BoxSpec(rental.label, "image", 30.0, "", {}))
+    stage.ledger.advance(rental, State.BOOTING, instance_id=number)
+    stage.clock.now += 290
+    with pytest.raises(BoxFailed, match="'created' was not over within 5 minutes"):
+        lifecycle.up(only_one(stage), lambda plan: True)
+    assert stage.clock.time() - (rental.sent_at or 0) < 400
+
+
+def asked(stage: Stage, work: Callable[[], object]) -> Counter[str]:
+    """How often each question went to the market."""
+    questions: Counter[str] = Counter()
+    stage.market.before = lambda verb: questions.update([verb])
+    work()
+    stage.market.before = lambda verb: None
+    return questions
+
+
+def test_a_healthy_up_and_down_ask_each_thing_once(stage: Stage) -> None:
+    """Every second question of a kind waits for its turn."""
+    first = asked(stage, stage.up)
+    assert (first["account"], first["instances"]) == (1, 1)
+    again = asked(stage, stage.up)
+    assert (again["account"], again["instances"], again["get"]) == (1, 1, 0)
+    stage.clock.now += 3600
+    assert asked(stage, stage.up) == again
+    end = asked(stage, stage.down)
+    assert (end["account"], end["instances"], end["destroy"], end["charges"]) == (1, 1, 1, 1)
+
+
+def test_a_box_that_was_to_end_is_ended_before_what_is_listed_counts(stage: Stage) -> None:
+    stage.up()
+    stage.ledger.end(stage.ledger.live()[0].label, "down")
+    assert lifecycle.up(stage.world, lambda plan: True).instance_id == 5002
+
+
+def test_a_create_that_the_market_did_not_want_yet_is_made_after_the_silence(stage: Stage) -> None:
+    stage.market.silences = [12.0, 40.0]
+    before = stage.clock.time()
+    rental = lifecycle.up(stage.world, lambda plan: True)
+    assert (rental.machine_id, stage.billed) == (1, 1)
+    assert stage.clock.time() - before >= 52
+    assert [one.state for one in stage.ledger.all()] == [State.ENDED, State.ENDED, State.READY]
+    assert len({one.label for one in stage.ledger.all()}) == 3, "each paid call has its own intent"
+    assert "refused: we ask too often" in stage.ledger.all()[0].reason
+
+
+@pytest.mark.parametrize("silences", [[12.0] * 4, [600.0]])
+def test_a_market_that_wants_no_paid_call_for_long_gets_none(stage: Stage, silences: list[float]) -> None:
+    stage.market.silences = silences
+    with pytest.raises(TooOften):
+        stage.up()
+    assert (stage.billed, stage.ledger.live()) == (0, [])
+
+
+def test_down_waits_out_a_silence_that_somebody_else_brought_about(stage: Stage) -> None:
+    stage.up()
+    wanted = stage.clock.time() + 120
+
+    def before(verb: str) -> None:
+        if verb == "account" and stage.clock.time() < wanted:
+            raise TooOften("the market wants silence", seconds=wanted - stage.clock.time())
+
+    stage.market.before = before
+    assert len(stage.down().invoices) == 1
+    assert stage.billed == 0
+    assert wanted <= stage.clock.time() < wanted + 60
+
+
+def test_a_failed_up_without_a_ledger_to_read_waits_for_the_list(stage: Stage) -> None:
+    """Its own box need not be listed yet, and nothing else speaks for it."""
+    stage.market.listing_lag = 45.0
+    stage.box.install_code = 1
+
+    def before(verb: str) -> None:
+        if verb == "run":
+            stage.ledger.close()
+
+    stage.box.before = before
+    with pytest.raises(SelfhostError):
+        lifecycle.up(only_one(stage), lambda plan: True)
+    assert stage.billed == 0
+
+
+def test_the_bill_goes_on_to_the_end_of_a_box_whose_watchdog_failed(stage: Stage) -> None:
+    rental = lifecycle.up(stage.world, lambda plan: True)
+    stage.ledger.amend(rental.label, heard=Heard(stage.clock.time(), 60.0, 0.0, 0.01, 0, 0))
+    stage.clock.now += 10 * 3600
+    (bill,) = stage.down().invoices
+    assert bill.hours == pytest.approx(10, abs=0.05)
+    assert not bill.uncertain
+    stage.up()
+    stage.clock.now += 10 * 3600
+    stage.market.boxes.clear()  # its watchdog did its work
+    (bill,) = stage.down().invoices
+    assert bill.hours == pytest.approx(8, abs=0.05)
+
+
+def test_a_market_that_does_not_say_whether_an_overdue_box_runs_does_not_keep_it_alive(stage: Stage) -> None:
+    stage.up()
+    stage.clock.now += 10 * 3600
+
+    def before(verb: str) -> None:
+        if verb == "get":
+            raise MarketUnreachable("the market cannot be reached")
+
+    stage.market.before = before
+    (bill,) = stage.down().invoices
+    assert stage.billed == 0
+    assert (bill.hours, bill.uncertain) == (pytest.approx(8, abs=0.05), True)
 
 
 def test_a_box_that_is_much_dearer_than_its_offer_is_not_kept(stage: Stage) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -293,6 +293,119 @@ def test_a_ledger_that_cannot_be_read_claims_nothing_unless_somebody_lives_there
     [stray] = reaping.reap(books).ended
     assert (stray.instance_id, market.boxes) == (8, {})
     assert "cannot be used" in stray.why
+
+
+class While:
+    """Something that happens once, at the first question of a kind to the market."""
+
+    def __init__(self, market: FakeMarket, verb: str, happens: Callable[[], object]) -> None:
+        self._verb, self._happens, self._done = verb, happens, False
+        market.before = self
+
+    def __call__(self, verb: str) -> None:
+        if verb == self._verb and not self._done:
+            self._done = True
+            self._happens()
+
+
+def test_the_box_of_an_up_that_rented_while_the_list_was_read_is_not_touched(
+    books: Books, house: House, market: FakeMarket
+) -> None:
+    house.ledger.vouch()
+    with house.keeper("up_lock"):
+        While(market, "instances", lambda: house.rent(7, State.BOOTING))
+        assert reaping.reap(books, everything=True) == reaping.Reaped((), (), (f"{house.prefix}7",))
+    assert (set(market.boxes), house.ledger.live()[0].state) == ({7}, State.BOOTING)
+
+
+def test_a_profile_that_came_into_being_while_the_list_was_read_is_ours(
+    books: Books, house: House, market: FakeMarket, make_house: Callable[[str], House]
+) -> None:
+    house.ledger.vouch()
+    work: list[House] = []
+    with ExitStack() as guards:
+
+        def begin() -> None:
+            work.append(make_house("work"))
+            guards.enter_context(work[0].keeper("up_lock"))
+            work[0].rent(7, State.BOOTING)
+
+        While(market, "instances", begin)
+        assert reaping.reap(books, everything=True).held == (f"{work[0].prefix}7",)
+    assert set(market.boxes) == {7}
+
+
+@pytest.mark.parametrize("question", ["account", "instances"])
+def test_a_keeper_that_starts_while_the_market_is_asked_keeps_its_box(
+    books: Books, house: House, market: FakeMarket, question: str
+) -> None:
+    label = house.rent(7)
+    with ExitStack() as guards:
+        While(market, question, lambda: guards.enter_context(house.keeper()))
+        assert reaping.reap(books).held == (label,)
+    assert (set(market.boxes), house.ledger.live()[0].state) == ({7}, State.READY)
+
+
+def test_a_keeper_that_starts_while_another_profiles_box_is_ended_keeps_its_own(
+    books: Books, house: House, market: FakeMarket, make_house: Callable[[str], House]
+) -> None:
+    work = make_house("work")
+    house.rent(7)
+    label = work.rent(8)
+    with ExitStack() as guards:
+        While(market, "destroy", lambda: guards.enter_context(work.keeper()))
+        done = reaping.reap(books)
+    assert (numbers(done.ended), done.held, set(market.boxes)) == ([7], (label,), {8})
+    assert work.ledger.live()[0].state is State.READY
+
+
+def test_a_machine_is_not_blamed_for_what_was_reaped_before_it_was_ready(books: Books, house: House) -> None:
+    house.rent(7, State.INSTALLING)
+    reaping.reap(books)
+    assert house.ledger.all()[0].blameless
+
+
+def test_what_cannot_be_told_of_one_profile_does_not_keep_the_rest_alive(
+    books: Books, house: House, market: FakeMarket, make_house: Callable[[str], House]
+) -> None:
+    work, play = make_house("work"), make_house("play")
+    house.rent(7)
+    play.rent(9)
+    work.rent(8)
+    work.ledger.close()
+    work.paths.ledger.write_bytes(b"no database" * 1000)
+    with work.keeper(), pytest.raises(MayBeBilling, match=r"looks after box 8 .*unknown") as caught:
+        reaping.reap(books)
+    assert set(market.boxes) == {8}
+    assert [one["instance_id"] for one in caught.value.left] == [8]
+
+
+@pytest.mark.parametrize("ask", [reaping.look, reaping.reap])
+def test_a_lost_ledger_is_waited_out_once(
+    books: Books, house: House, market: FakeMarket, make_house: Callable[[str], House], ask: Callable[..., object]
+) -> None:
+    house.ledger.vouch()
+    work = make_house("work")
+    work.ledger.close()
+    work.paths.ledger.unlink()
+    for waited in (True, False):
+        began = market.clock.now
+        assert ask(books) == reaping.Reaped((), (), ())
+        assert (market.clock.now > began) is waited
+
+
+def test_a_lost_ledger_that_was_not_waited_for_does_not_vouch(
+    books: Books, house: House, market: FakeMarket, make_house: Callable[[str], House]
+) -> None:
+    """The list has a box of the one, and is not asked again for the sake of the other."""
+    make_house("work")
+    market.boxes[7] = row(7, f"{house.prefix}7")
+    market.boxes[8] = row(8, f"{make_house('work').prefix}8")
+    market.hidden_until[8] = START + 200
+    assert numbers(reaping.reap(books).ended) == [7]
+    market.clock.now = START + 201
+    assert numbers(reaping.reap(books).ended) == [8]
+    assert market.boxes == {}
 
 
 def stray(number: int, profile: str, label: str = "selfhost-1-a") -> reaping.Stray:
