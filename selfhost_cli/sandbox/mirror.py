@@ -10,6 +10,7 @@ import asyncio
 import html
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from selfhost_cli.sandbox.instances import Instance, Instances
 
 FOLDERS = r"models|wheels(?:/[\w-]+)?|ollama/\w[\w.-]*|registry/\w+/blobs"
 """What is served of the cache, as a pattern for routes."""
+LOOKS, LOOK_S = 10, 0.05
+"""The kernel's tables may skip a line while they change, and a box's process may only just have begun."""
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
@@ -160,11 +163,13 @@ class Mirror:
     def _who(self, request: web.Request) -> Instance | None:
         """The box whose process holds the other end of the connection: on loopback they all have one address."""
         peer = request.transport.get_extra_info("peername") if request.transport else None
-        for _ in range(3):  # the kernel's tables may skip a line while they change
+        boxes = self._instances.alive()
+        for _ in range(LOOKS if boxes else 0):
             inode = _inode(peer[1]) if peer else None
-            for instance in self._instances.alive() if inode else ():
+            for instance in boxes if inode else ():
                 if any(_holds(pid, inode) for pid in instance.pids()):
                     return instance
+            time.sleep(LOOK_S)
         return None
 
 
