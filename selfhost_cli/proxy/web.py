@@ -299,7 +299,9 @@ def _gate(token: str, public: frozenset[str], observe: Callable[[Trace], None] |
             status, traced.outcome = 500, "bug"
             return _answer(ProxyError(500, "api_error", "the proxy failed; its log says why"), traced)
         finally:
-            log.info("%s", traced.line(request, status))
+            # who watches asks every other second, and the log is kept
+            quiet = status == 200 and (request.path == "/health" or request.path.startswith("/selfhost/"))
+            log.log(logging.DEBUG if quiet else logging.INFO, "%s", traced.line(request, status))
             if observe:
                 observe(traced)
 
