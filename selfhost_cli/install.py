@@ -36,6 +36,7 @@ ARMED = "cat ~/.selfhost/run/armed 2>/dev/null || true"
 ARCHIVE = "cat ~/.selfhost/run/archive 2>/dev/null || true"
 
 ROOT = ".selfhost"
+STEPS = ("tools", "engine", "model", "proxy", "start")
 SCRIPTS = ("install.sh", "start.sh", "stop.sh", "limits.sh", "hostkey.sh", "llamacpp.py", "ollama.py")
 
 # install.sh says something every few seconds, even while pip or sha256sum are silent.
@@ -126,11 +127,15 @@ def env_file(spec: InstallSpec) -> bytes:
 
 
 def parse(line: str) -> Event | None:
-    """A progress line of install.sh as an Event; None for anything else."""
+    """A progress line of install.sh as an Event; None for anything else.
+
+    A box that makes up a step gets none of its own: it could pass for one of ours, such as `down`.
+    """
     fields = line.rstrip("\r\n").split("\t", 5)
     if len(fields) != 6 or fields[0] != "@selfhost":
         return None
-    _, stage, status, done, total, text = fields
+    _, step, status, done, total, text = fields
+    stage = step if step in STEPS else "install"
     match status:
         case "start" | "progress" | "done" | "skip" | "fail":
             return Event(stage, status, text, _number(done), _number(total))
@@ -210,7 +215,8 @@ def _quote(value: str) -> str:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() else None
+    """None for what no size or port can be, too: such an int would fail wherever it is divided."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
 def _tail(result: Result, lines: int = 20) -> str:

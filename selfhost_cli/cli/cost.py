@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from selfhost_cli import cost
-from selfhost_cli.cli import render, wiring
+from selfhost_cli.cli import progress, render, wiring
 from selfhost_cli.config import Settings
 from selfhost_cli.cost import Cost, PerMillion, Report, Row
 from selfhost_cli.errors import MarketError, NotSetUp
@@ -18,8 +18,6 @@ from selfhost_cli.lifecycle import billing
 from selfhost_cli.model import Event
 
 WIDTH = 100
-QUESTIONS = 10
-"""To the market at most; the next `selfhost cost` asks for the rest."""
 
 
 def run(settings: Settings, month: str | None, *, json: bool) -> None:
@@ -28,7 +26,7 @@ def run(settings: Settings, month: str | None, *, json: bool) -> None:
     wanted, price = cost.month(month) if month else cost.month_of(now), cost.list_price(settings)
     value = cost.report([], {}, price, wanted, now=now)
     if settings.paths.ledger.exists():  # asking makes nothing
-        with closing(Ledger(settings.paths.ledger)) as ledger, render.Talk() as talk:
+        with closing(Ledger(settings.paths.ledger)) as ledger, progress.Talk() as talk:
             try:
                 _ask_again(settings, ledger, talk)
             except (MarketError, NotSetUp) as error:
@@ -37,9 +35,9 @@ def run(settings: Settings, month: str | None, *, json: bool) -> None:
     render.as_json(value) if json else _report(value)
 
 
-def _ask_again(settings: Settings, ledger: Ledger, talk: render.Talk) -> None:
+def _ask_again(settings: Settings, ledger: Ledger, talk: progress.Talk) -> None:
     if billing.unsettled(settings, ledger, now=time.time()):  # without any, no SDK is loaded, and no key is needed
-        billing.reconcile(wiring.books(settings, ledger, talk), most=QUESTIONS)
+        billing.reconcile(wiring.books(settings, ledger, talk))
 
 
 def _report(value: Report) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from selfhost_cli.cli import render, wiring
+from selfhost_cli.cli import progress, render, wiring
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import MayBeBilling
 from selfhost_cli.lifecycle import reaping
@@ -13,7 +13,7 @@ from selfhost_cli.lifecycle.reaping import Reaped, Stray
 
 def run(settings: Settings, *, yes: bool, everything: bool, json: bool) -> int:
     """The exit code: 5 while something of this installation that nobody looks after may be billed."""
-    with render.Talk() as talk, wiring.world(settings, talk, needs_ledger=False) as world:
+    with progress.Talk() as talk, wiring.world(settings, talk, needs_ledger=False) as world:
         value = reaping.reap(world, everything=everything) if yes else reaping.look(world)
     render.as_json(value) if json else show(value)
     ours = any(stray.profile for stray in value.left)

@@ -188,6 +188,8 @@ def test_the_token_is_not_in_the_specs_repr() -> None:
         ("@selfhost\tmodel\tprogress\t10\t20\ta.gguf", Event("model", "progress", "a.gguf", 10, 20)),
         ("@selfhost\tmodel\tprogress\t10\t\ta.gguf\n", Event("model", "progress", "a.gguf", 10, None)),
         ("@selfhost\ttools\tskip\t\t\ta\tb", Event("tools", "skip", "a\tb")),
+        (f"@selfhost\tmodel\tprogress\t1\t{10**400}\ta.gguf", Event("model", "progress", "a.gguf", 1, None)),
+        ("@selfhost\tdown\tdone\t\t\tnothing is left", Event("install", "done", "nothing is left")),
         ("@selfhost\ttools\tweird\t\t\tx", None),
         ("@selfhost\ttools\tdone", None),
         ("Welcome to vast.ai.", None),
