@@ -18,13 +18,18 @@ LEAST_ON_GPU = 0.99
 
 Ollama reports exactly all of them when every layer is on the GPU (`MemorySize` in llm/llama_server.go of 0.34.0; read,
 not seen: no GPU was at hand)."""
-AGAIN = "Run `selfhost up` to try again, or `selfhost down` to end the bill."
+PROBES = ("tunnel", "proxy", "engine", "model", "gpu", "context", "token")
+"""In their order. "gpu" only of a box that has one; "front" comes instead when nothing answers on this machine."""
+BILL = "`selfhost down` ends the bill."
 REMEDIES = {
-    "tunnel": "`selfhost status` tells how the tunnel is; it comes back by itself. `selfhost down` ends the bill.",
-    "engine": "It may still be loading: look at `selfhost status` in a minute. `selfhost down` ends the bill.",
-    "model": "Choose another one with --model. `selfhost down` ends the bill.",
-    "gpu": "Choose a smaller model with --model, or a smaller --context. `selfhost down` ends the bill.",
-    "context": "Ask for less with --context. `selfhost down` ends the bill.",
+    "front": f"`selfhost doctor` looks for what is in the way; {BILL}",
+    "tunnel": f"`selfhost status` tells how the tunnel is; it comes back by itself. {BILL}",
+    "proxy": f"Run `selfhost up` to try again; `selfhost logs proxy` may tell why. {BILL}",
+    "engine": f"It may still be loading: look at `selfhost status` in a minute. {BILL}",
+    "model": f"Choose another one: `selfhost down`, then `selfhost up --model NAME`. {BILL}",
+    "gpu": f"Choose a smaller model: `selfhost up --model NAME`, or a smaller `selfhost up --context TOKENS`. {BILL}",
+    "context": f"Ask for less: `selfhost down`, then `selfhost up --context TOKENS`. {BILL}",
+    "token": f"Run `selfhost up` to try again; `selfhost logs engine` may tell why. {BILL}",
 }
 
 
@@ -44,9 +49,30 @@ def check(
 ) -> HealthReport:
     """Probe tunnel and proxy, engine, model, context and one real token; stops at the first failure.
 
-    `gpu`: the box has a real one, so the model must be on it. `token_s`: seconds that the token may take.
+    `gpu`: the box has a real one, so the model must be on it. `token_s`: seconds that the token may take. `report` is
+    told when each begins and ends.
     """
-    probes: list[Probe] = []
+
+    def begin(name: str) -> None:
+        report(Event(f"health: {name}", "start"))
+
+    found: list[Probe] = []
+    for probe in probes(front, model=model, context=context, gpu=gpu, token_s=token_s, begin=begin):
+        found.append(probe)
+        report(Event(f"health: {probe.name}", "done" if probe.ok else "fail", probe.detail))
+    return HealthReport(tuple(found))
+
+
+def probes(
+    front: Front,
+    *,
+    model: str,
+    context: int,
+    gpu: bool,
+    token_s: float,
+    begin: Callable[[str], None] = lambda name: None,
+) -> Iterator[Probe]:
+    """What `check` reports, one by one; `begin` is told each name before it is asked. The first failure is the last."""
     with httpx.Client(
         base_url=front.url,
         headers={"Authorization": f"Bearer {front.token}"},
@@ -54,40 +80,50 @@ def check(
         trust_env=False,
         verify=False,  # plain http on loopback; loading certificates takes 60 ms
     ) as client:
-        for probe in _probes(client, model, context, gpu, token_s):
-            probes.append(probe)
-            report(Event(f"health: {probe.name}", "done" if probe.ok else "fail", probe.detail))
+        for probe in _probes(client, model, context, gpu, token_s, begin):
+            yield probe
             if not probe.ok:
-                break
-    return HealthReport(tuple(probes))
+                return
 
 
-def _probes(client: httpx.Client, model: str, context: int, gpu: bool, token_s: float) -> Iterator[Probe]:
+def _probes(
+    client: httpx.Client, model: str, context: int, gpu: bool, token_s: float, begin: Callable[[str], None]
+) -> Iterator[Probe]:
     began = time.monotonic()
 
-    def verdict(name: str, ok: bool, detail: str) -> Probe:
+    def start(name: str) -> None:
         nonlocal began
-        seconds, began = time.monotonic() - began, time.monotonic()
-        return Probe(name, ok, detail, seconds, "" if ok else REMEDIES.get(name, AGAIN))
+        began = time.monotonic()
+        begin(name)
 
+    def verdict(name: str, ok: bool, detail: str) -> Probe:
+        return Probe(name, ok, detail, time.monotonic() - began, "" if ok else REMEDIES[name])
+
+    start("tunnel")
     box = _box(client)
     if isinstance(box, Missing):
         yield verdict(box.part, False, box.why)
         return
     yield verdict("tunnel", True, "requests reach the box")
+    start("proxy")
     yield verdict("proxy", True, f"selfhost {box.get('version', '?')} on the box")
+    start("engine")
     engine = str(box.get("engine"))
     facts = section(box, "components", engine)
     named = f"{engine} {facts.get('version', '')}".strip()
     yield verdict("engine", _is_up(facts), named if _is_up(facts) else f"{engine} does not answer: {_reason(facts)}")
+    start("model")
     problem = _wrong_model(box.get("model"), model, facts)
     yield verdict("model", not problem, problem or described(model, facts))
     share = on_gpu(facts)
     if gpu and share is not None:
+        start("gpu")
         yield verdict("gpu", share >= LEAST_ON_GPU, f"{share:.0%} of the model is on the GPU")
+    start("context")
     real = box.get("context")
     fits = isinstance(real, int) and real >= context
     yield verdict("context", fits, f"{real} tokens" if fits else f"{real} tokens, promised {context}")
+    start("token")
     answer = _token(client, model, token_s)
     yield verdict("token", not answer.startswith("!"), answer.removeprefix("!"))
 
@@ -153,9 +189,8 @@ def _is_up(part: dict[str, Any]) -> bool:
 
 
 def _token(client: httpx.Client, model: str, seconds: float) -> str:
-    """One really generated token, and how long it took; the reason with a leading "!" when there was none."""
+    """One really generated token; the reason with a leading "!" when there was none."""
     body = {"model": model, "max_tokens": 8, "messages": [{"role": "user", "content": "Say OK."}]}
-    began = time.monotonic()
     try:
         # Marked, because a probe is not activity: it must not keep an idle box alive.
         response = client.post("/v1/messages", json=body, headers={"x-selfhost-probe": "1"}, timeout=seconds)
@@ -165,4 +200,4 @@ def _token(client: httpx.Client, model: str, seconds: float) -> str:
     tokens = section(answer, "usage").get("output_tokens")
     if response.status_code != 200 or not isinstance(tokens, int) or tokens < 1:
         return f"!{response.status_code} {section(answer, 'error') or answer}"
-    return f"{tokens} tokens in {time.monotonic() - began:.1f} s"
+    return f"{tokens} {'token' if tokens == 1 else 'tokens'} generated"

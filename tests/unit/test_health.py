@@ -20,7 +20,12 @@ def probes(gpu: bool = True, context: int = 65_536, **facts: Any) -> dict[str, P
     told: list[Event] = []
     with serving(MODEL, 65_536, "ollama", **{**FACTS, **SIZES, **facts}) as front:
         report = health.check(front, model=MODEL, context=context, gpu=gpu, report=told.append)
-    assert [event.stage for event in told] == [f"health: {probe.name}" for probe in report.probes]
+    assert [(event.stage, event.status) for event in told] == [
+        (f"health: {probe.name}", status)
+        for probe in report.probes
+        for status in ("start", "done" if probe.ok else "fail")
+    ]
+    assert all(probe.seconds >= 0 for probe in report.probes)
     return {probe.name: probe for probe in report.probes}
 
 
@@ -83,7 +88,7 @@ def good(**engine: Any) -> dict[str, object]:
             TOKEN,
             ["proxy"],
             "the proxy on the box does not answer: connection refused",
-            "`selfhost up` to try again",
+            "Run `selfhost up` to try again",
         ),
         (
             good(status="down", reason="loading"),
@@ -104,14 +109,14 @@ def good(**engine: Any) -> dict[str, object]:
             (529, {"type": "error", "error": {"type": "overloaded_error", "message": "full"}}),
             ["tunnel", "proxy", "engine", "model", "gpu", "context", "token"],
             "529 {'type': 'overloaded_error', 'message': 'full'}",
-            "`selfhost up` to try again",
+            "Run `selfhost up` to try again",
         ),
         (
             good(),
             (200, {"usage": {"output_tokens": 0}}),
             ["tunnel", "proxy", "engine", "model", "gpu", "context", "token"],
             "200 {'usage': {'output_tokens': 0}}",
-            "`selfhost down` to end the bill",
+            "`selfhost down` ends the bill",
         ),
     ],
     ids=["tunnel", "proxy", "engine", "model", "token", "no token"],
