@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from selfhost_cli.errors import NotSetUp, UsageError
 
 SEEN = "2.1.330"
-INSTALL = f"npm install -g @anthropic-ai/claude-code@{SEEN}"
+INSTALL = f"npm install -g --prefix ~/.local @anthropic-ai/claude-code@{SEEN}"
 
 AUTO_MODE_OFF = {"permissions": {"disableAutoMode": "disable"}}
 DECIDES_THE_MODE = ("--permission-mode", "--dangerously-skip-permissions")

@@ -225,6 +225,9 @@ POSITIVE = (
 )
 """Zero would end a box at once, or never."""
 URLS = ("market_url", "registry", "ollama_url", "model_url")
+OTHER_VARIABLES = ("home", "profile", "lease_s", "idle_s", "ollama_sha256", "ollama_bytes", "name")
+"""SELFHOST_* that are no settings, as far as their names are near one: ours, and those of the parts on a box."""
+HIDDEN = "(hidden)"
 
 
 def paths(profile: str, env: Mapping[str, str]) -> Paths:
@@ -313,6 +316,70 @@ def installation_id(where: Paths) -> str:
     return identity
 
 
+def known(name: str) -> str:
+    """The name of a setting as it is. Raises UsageError with the nearest one."""
+    if name not in NAMES:
+        near = _nearest(name)
+        raise UsageError(
+            f"unknown setting {name!r}", f"Did you mean `{near}`?" if near else "`selfhost config show` lists them."
+        )
+    return name
+
+
+def public(name: str, value: object) -> object:
+    """What may be shown of a value: nothing of a secret, no name and password in a URL."""
+    if next(f.metadata["secret"] for f in fields(Settings) if f.name == name):
+        return HIDDEN if value else ""
+    if not isinstance(value, str) or "@" not in value:
+        return value
+    import re
+
+    return re.sub(r"(?<=://)\S+(?=@)", HIDDEN, value)
+
+
+def write(where: Paths, name: str, text: str) -> object:
+    """Set one key of config.toml; all else in it stays as it is. Returns what was set, as the setting's type.
+
+    The file appears whole, readable by its owner only; a link is followed. Raises UsageError, before anything is
+    written, for what no setting is, what it cannot be, and a file that is no TOML.
+    """
+    value = _cast(known(name), text, Source.FILE)
+    import tempfile
+    import tomllib
+
+    import tomlkit
+    from tomlkit.exceptions import TOMLKitError
+
+    path = where.config_file.resolve()
+    try:
+        document = tomlkit.parse(path.read_bytes().decode() if path.exists() else "")
+        document[name] = int(value) if isinstance(value, float) and value.is_integer() else value
+        edited = tomlkit.dumps(document)
+        held = tomllib.loads(edited)
+    except (OSError, ValueError, TOMLKitError) as error:
+        raise UsageError(f"{path}: {error}", "Mend the file; nothing was written.") from error
+    if held.get(name) != value:
+        raise UsageError(f"{path}: {name!r} cannot be set in it", "Write it by hand; nothing was written.")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".config-")  # 0600 from its first byte
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(edited.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
+    return value
+
+
+def _nearest(name: str, cutoff: float = 0.6) -> str:
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name.lower().replace("-", "_"), NAMES, n=1, cutoff=cutoff)), "")
+
+
 def _read_file(path: Path) -> dict[str, object]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -331,6 +398,12 @@ def _read_env(env: Mapping[str, str]) -> dict[str, object]:
         value = env.get(f"SELFHOST_{name.upper()}")
         if value:
             found[name] = value
+    for variable in env:
+        name = variable.removeprefix("SELFHOST_").lower()
+        if not variable.startswith("SELFHOST_") or name in NAMES or name in OTHER_VARIABLES:
+            continue
+        if near := _nearest(name, cutoff=0.8):
+            raise UsageError(f"unknown setting {variable} (environment)", f"Did you mean SELFHOST_{near.upper()}?")
     if "api_key" not in found and "market_url" not in found and env.get("VAST_API_KEY"):
         found["api_key"] = env["VAST_API_KEY"]
     return found
@@ -338,16 +411,14 @@ def _read_env(env: Mapping[str, str]) -> dict[str, object]:
 
 def _cast(name: str, value: object, source: Source) -> object:
     if name not in NAMES:
-        import difflib
-
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = _nearest(name)
+        hint = f" Did you mean {near!r}?" if near else ""
         raise UsageError(f"unknown setting {name!r} ({source.name.lower()}).{hint}")
     kind = next(str(f.type) for f in fields(Settings) if f.name == name)
     try:
         return _convert(name, kind, value)
     except (TypeError, ValueError) as error:
-        shown = "(hidden)" if name == "api_key" else repr(value)
+        shown = HIDDEN if name == "api_key" else repr(public(name, value))
         raise UsageError(f"{name} = {shown} ({source.name.lower()}): {error}") from error
 
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from types import FrameType
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, Literal
 
 import typer
 
 from selfhost_cli import __version__, config
+from selfhost_cli.cli import completion as completions
 from selfhost_cli.errors import SelfhostError, UsageError
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+configuration = typer.Typer(no_args_is_help=True)
+app.add_typer(configuration, name="config", help="Show and set what commands go by.")
 
 
 def _setting(name: str, *declarations: str) -> Any:
@@ -40,6 +43,7 @@ def _total(what: str) -> Any:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Name = Annotated[str, typer.Argument(help="Of a setting.", autocompletion=completions.settings)]
 
 
 def run(argv: Sequence[str]) -> int:
@@ -47,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
     profile, rest = _take_profile(list(argv))
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal need not know every character, and a box may send any
         sys.stdout.reconfigure(errors="backslashreplace")
+    completions.prepare()
     try:
         app(args=rest, prog_name="selfhost", obj=profile)
     except SystemExit as end:
@@ -57,9 +62,14 @@ def run(argv: Sequence[str]) -> int:
 @app.callback()
 def options(
     profile: Annotated[
-        str, typer.Option(help="Set of state, config and cache to use; goes with every command.")
+        str,
+        typer.Option(
+            help="Set of state, config and cache to use; goes with every command.", autocompletion=completions.profiles
+        ),
     ] = "default",
-    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=lambda on: _version(on))] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda on: _version(on), help="Print it and exit.")
+    ] = False,
 ) -> None:
     """Claude Code on a rented GPU: up, claude, down. Never a forgotten bill."""
 
@@ -83,13 +93,19 @@ def up(
     idle: Annotated[float | None, _setting("idle")] = None,
     attempts: Annotated[int | None, _setting("attempts")] = None,
     port: Annotated[int | None, _setting("port")] = None,
+    pick: Annotated[
+        int | None, typer.Option(help="Rent this number of the ranking shown last, and no other.", show_default=False)
+    ] = None,
     unguarded: Annotated[bool | None, _setting("unguarded", "--unguarded")] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="At the end, tell on stderr where the time went; with --json also in it.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Rent a box, or resume the one already paid for, and launch Claude Code against it."""
-    from selfhost_cli import lifecycle
+    from selfhost_cli import lifecycle, old_variables
     from selfhost_cli.cli import launch as launching
-    from selfhost_cli.cli import render, wiring
+    from selfhost_cli.cli import offers, progress, render, wiring, words
 
     interactive = _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
     if not interactive and not yes:
@@ -108,23 +124,56 @@ def up(
     }
     settings = _settings(ctx, flags)
     launch = interactive and not detach and not json
+    wanted = offers.picked(settings, pick)
 
     def confirm(plan: lifecycle.Plan) -> bool:
-        render.plan(plan)
-        try:
-            return yes or typer.confirm("Rent it?", default=False, err=True)
-        except typer.Abort:
-            raise KeyboardInterrupt from None
+        with talk.aside():
+            offers.show_plan(settings, plan)
+            try:
+                return yes or typer.confirm("Rent it?", default=False, err=True)
+            except typer.Abort:
+                render.err.print()  # the question has no end of line
+                raise KeyboardInterrupt from None
 
-    with _signals_interrupt(), render.Talk() as talk, wiring.world(settings, talk) as world:
-        rental = lifecycle.up(world, confirm, needs_claude=launch)
+    with _signals_interrupt(), progress.Talk(trace=trace) as talk, wiring.world(settings, talk) as world:
+        if remark := old_variables.remark(os.environ, settings.paths.state):
+            words.say(words.in_profile(f"selfhost: {remark}", settings.profile))
+        rental = lifecycle.up(dataclasses.replace(world, pick=wanted), confirm, needs_claude=launch)
         url = world.keeper.start().url
+        talk.settle()
         if json:  # in here: where it cannot be written, a box is billed
-            render.as_json({"rental": rental, "url": url})
+            render.as_json({"rental": rental, "url": url} | ({"trace": talk.trace()} if trace else {}))
         else:
             render.ready(rental, url)
     if launch:
         launching.claude(settings.profile, claude_args or [])
+
+
+@app.command()
+def offers(
+    ctx: typer.Context,
+    refused: Annotated[bool, typer.Option("--refused", help="Also what does not fit, each with the reason.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="The whole ranking, however long.")] = False,
+    api_key: Annotated[str | None, _setting("api_key")] = None,
+    gpu: Annotated[str | None, _setting("gpu")] = None,
+    region: Annotated[str | None, _setting("region")] = None,
+    max_price: Annotated[float | None, _setting("max_price")] = None,
+    model: Annotated[str | None, _setting("model")] = None,
+    engine: Annotated[str | None, _setting("engine")] = None,
+    disk: Annotated[float | None, _setting("disk")] = None,
+    hours: Annotated[float | None, _setting("hours")] = None,
+    max_spend: Annotated[float | None, _setting("max_spend")] = None,
+    json: Json = False,
+) -> None:
+    """What could be rented now, ranked by what it really costs; `up --pick N` takes one of them."""
+    from selfhost_cli.cli import offers as command
+
+    flags = {"api_key": api_key, "gpu": gpu, "region": region, "max_price": max_price, "model": model}
+    flags |= {"engine": engine, "disk": disk, "hours": hours, "max_spend": max_spend}
+    with _signals_interrupt():
+        with _told_as(json):
+            value = command.look(_settings(ctx, flags), refused=refused)
+        command.show(value, everything=everything, refused=refused, json=json)
 
 
 @app.command()
@@ -136,9 +185,9 @@ def down(
 ) -> None:
     """Destroy every box, prove by listing that nothing is left, print the invoice."""
     from selfhost_cli import lifecycle
-    from selfhost_cli.cli import render, wiring
+    from selfhost_cli.cli import progress, render, wiring
 
-    with _signals_interrupt(), _told_as(json), render.Talk() as talk:
+    with _signals_interrupt(), _told_as(json), progress.Talk() as talk:
         settings = _settings(ctx, {"api_key": api_key})
         with wiring.world(settings, talk, needs_ledger=False) as world:
             ended = lifecycle.down(world, everything=everything)
@@ -164,17 +213,43 @@ def reap(
 
 
 @app.command()
-def status(ctx: typer.Context, json: Json = False) -> None:
+def status(
+    ctx: typer.Context,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Again and again until Ctrl-C; without a terminal, each change.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """What is rented, whether it answers, and what it has cost so far."""
-    from selfhost_cli import status as state
     from selfhost_cli.cli import render
-    from selfhost_cli.ledger import Ledger
+    from selfhost_cli.cli import watch as watching
 
     settings = _settings(ctx)
-    values: list[state.Status] = []
-    if settings.paths.ledger.exists():  # asking makes nothing
-        values = state.look(settings, Ledger(settings.paths.ledger), now=time.time())
+    if watch:
+        with _signals_interrupt():
+            watching.run(lambda: watching.look(settings), json=json)
+        return
+    values = watching.look(settings)
     render.as_json(values) if json else render.status(values)
+
+
+@app.command()
+def logs(
+    ctx: typer.Context,
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="onstart, install, engine, proxy, watchdog, keeper; default: all.", autocompletion=completions.parts
+        ),
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C, or until the box ends.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Of each part, from its end.")] = 50,
+    json: Annotated[bool, typer.Option("--json", help="Print each line as a JSON object.")] = False,
+) -> None:
+    """What the parts on the box, and the keeper on this machine, write of themselves; without secrets."""
+    from selfhost_cli.cli import logs as command
+
+    command.run(_settings(ctx), parts or [], follow=follow, lines=lines, json=json)
 
 
 @app.command()
@@ -250,12 +325,66 @@ def env(ctx: typer.Context, json: Json = False) -> None:
         print(f"export {name}={shlex.quote(value)}")
 
 
+@configuration.command("show")
+def config_show(ctx: typer.Context, json: Json = False) -> None:
+    """Every setting: its value, where that comes from, what it is. Secrets are hidden."""
+    from selfhost_cli.cli import configure
+
+    configure.show(_settings(ctx), json=json)
+
+
+@configuration.command("get")
+def config_get(ctx: typer.Context, name: Name, json: Json = False) -> None:
+    """The value of one setting, whatever sets it."""
+    from selfhost_cli.cli import configure
+
+    configure.get(_settings(ctx), name, json=json)
+
+
+@configuration.command("set")
+def config_set(
+    ctx: typer.Context,
+    name: Name,
+    value: Annotated[str | None, typer.Argument(help="Without it, a line is read from stdin: for secrets.")] = None,
+) -> None:
+    """Write one setting into config.toml, which keeps all else that it holds."""
+    from selfhost_cli.cli import configure
+
+    configure.put(ctx.obj, name, value)
+
+
+@configuration.command("path")
+def config_path(ctx: typer.Context) -> None:
+    """Where config.toml is, or would be."""
+    print(config.paths(ctx.obj, os.environ).config_file)
+
+
+@app.command()
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="Whose.", show_choices=True)],
+) -> None:
+    """Print a script for the shell to evaluate: it completes commands, options, profiles and settings."""
+    print(completions.script(shell))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def claude(ctx: typer.Context) -> None:
     """Run Claude Code against the box; every argument passes through untouched."""
     from selfhost_cli.cli import launch
 
     launch.claude(_settings(ctx).profile, ctx.args)
+
+
+@app.command()
+def doctor(
+    ctx: typer.Context,
+    api_key: Annotated[str | None, _setting("api_key")] = None,
+    json: Json = False,
+) -> None:
+    """Check laptop, rental and box, and print a report without secrets, to be put into an issue."""
+    from selfhost_cli.cli import doctor as command
+
+    raise typer.Exit(command.run(ctx.obj, {"api_key": api_key}, json=json))
 
 
 @app.command()
@@ -286,7 +415,12 @@ def _told_as(json: bool) -> Iterator[None]:
 
 
 def _settings(ctx: typer.Context, flags: dict[str, Any] | None = None) -> Any:
-    return config.load(ctx.obj, flags=flags)
+    from selfhost_cli.cli import exposed, words
+
+    settings = config.load(ctx.obj, flags=flags)
+    if warning := exposed.warning(settings.paths):
+        words.say(f"selfhost: {warning}")
+    return settings
 
 
 def _take_profile(argv: list[str]) -> tuple[str, list[str]]:

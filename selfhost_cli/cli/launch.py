@@ -30,7 +30,7 @@ def claude(profile: str, args: Sequence[str]) -> NoReturn:
     """Become Claude Code on this profile's box. Raises NotSetUp, or MayBeBilling once there is a box."""
     from pathlib import Path
 
-    from selfhost_cli import attach, config
+    from selfhost_cli import attach, config, old_variables
     from selfhost_cli import claude as code
 
     settings = config.load(profile)
@@ -40,6 +40,8 @@ def claude(profile: str, args: Sequence[str]) -> NoReturn:
         binary = code.find(settings.claude, os.environ)
         if warning := code.seen_version(binary, settings.paths.state).warning:
             say(f"selfhost: {warning}")
+        if remark := old_variables.remark(os.environ, settings.paths.state):
+            say(in_profile(f"selfhost: {remark}", profile))
         front = attach.ensure(settings)
     except SelfhostError as error:
         raise _billed(error, rental) from error

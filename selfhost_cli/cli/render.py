@@ -5,22 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -30,9 +19,9 @@ from selfhost_cli.cli import words
 from selfhost_cli.countdown import Countdown
 from selfhost_cli.errors import MayBeBilling, SelfhostError
 from selfhost_cli.invoice import Invoice
-from selfhost_cli.lifecycle import SIMULATED, Ended, Plan
+from selfhost_cli.lifecycle import SIMULATED, Ended
 from selfhost_cli.lifecycle.extending import Extended
-from selfhost_cli.model import Caps, Endpoint, Event, Instance, Rental
+from selfhost_cli.model import Caps, Endpoint, Instance, Rental
 
 PROOF, PROOF_OF_OURS = "nothing is billed any more", "nothing of this installation is billed any more"
 UNGUARDED = "its watchdog is not armed: only `selfhost down` or the keeper ends it"
@@ -48,7 +37,7 @@ class _Console(Console):
         )
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Whatever is shown comes through here, cells of tables too; the live display of `Talk` does not."""
+        """Whatever is shown comes through here, cells of tables too; the live display of `progress` does not."""
         return super().render_str(words.plain(text), **options)
 
     def on_broken_pipe(self) -> None:
@@ -65,165 +54,10 @@ def as_json(value: Any) -> None:
     out.print_json(json.dumps(_plain(value)), ensure_ascii=True)  # else it would steer the terminal as any text
 
 
-class Talk:
-    """Progress on stderr: a live display on a terminal, plain lines elsewhere. Use as a context manager.
-
-    Never raises: when nobody listens any more, what is being told about (a clean-up, say) must go on.
-    """
-
-    MARKS: ClassVar = {"done": "[green]✓[/]", "skip": "[green]✓[/]", "fail": "[red]✗[/]", "note": "[yellow]![/]"}
-
-    def __init__(self) -> None:
-        self._draws = err.file.isatty()
-        self._deaf = False
-        self._shown: Status | Progress | None = None
-        self._stage = ""
-        self._began = time.monotonic()
-        self._said = ""
-        self._tenth = -1
-        self._words = self._news = ""
-        self._head_start = 0
-
-    def __enter__(self) -> Talk:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._tell(self._hide)
-
-    def __call__(self, event: Event) -> None:
-        said = dataclasses.replace(event, stage=_in_a_line(event.stage), text=_in_a_line(event.text))
-        self._tell(lambda: self._show(said))
-
-    def _tell(self, telling: Callable[[], None]) -> None:
-        if self._deaf:
-            return
-        try:
-            telling()
-        except OSError:
-            self._deaf = True
-
-    def _show(self, event: Event) -> None:
-        if event.stage != self._stage and event.status in ("start", "progress"):
-            self._stage, self._began, self._tenth = event.stage, time.monotonic(), -1
-        if event.status in self.MARKS:
-            self._hide()
-            self._say(self.MARKS[event.status], event.stage, event.text or event.status, self._took(event))
-        elif self._draws:
-            self._draw(event)
-        elif event.total is not None and event.done is not None:
-            self._say_tenth(event.stage, event.done, event.total, event.text)
-        elif event.text:
-            self._say("…", event.stage, event.text)
-
-    def _took(self, event: Event) -> str:
-        seconds = time.monotonic() - self._began
-        return f" [dim]{seconds:.1f} s[/]" if event.status == "done" and event.stage == self._stage else ""
-
-    def _say(self, mark: str, stage: str, text: str, took: str = "") -> None:
-        line = f"{mark} {escape(f'{stage:<15} {text}')}"
-        if line != self._said:
-            self._said = line
-            err.print(line + took)
-
-    def _say_tenth(self, stage: str, done: int, total: int, text: str) -> None:
-        """A line for each tenth of a download and for what interrupts it: a log can bear that. None for small ones."""
-        if total < 10_000_000:
-            return
-        tenth = 10 * done // total
-        if self._tenth < 0:
-            self._head_start, self._words = done, text  # from before we looked: onstart's, or an earlier run's
-        if tenth > self._tenth or text not in (self._words, self._news):
-            self._tenth, self._news = tenth, text
-            rate = (done - self._head_start) / max(0.5, time.monotonic() - self._began)
-            told = [f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"]
-            if rate:
-                told.append(f"{rate / 1e6:.0f} MB/s")
-            if rate and done < total:
-                told.append(f"{(total - done) / rate:.0f} s to go")
-            if text != self._words:
-                told.append(text)
-            self._say("…", stage, ", ".join(told))
-
-    def _draw(self, event: Event) -> None:
-        line = escape(f"{event.stage:<15} {event.text}")
-        if event.total is None:
-            if not isinstance(self._shown, Status):
-                self._hide()
-                self._shown = err.status(line)
-                self._shown.start()
-            self._shown.update(line)
-            return
-        if not isinstance(self._shown, Progress):
-            self._hide()
-            self._shown = _download_bar()
-            self._shown.add_task(line, total=event.total)
-            self._shown.start()
-        self._shown.update(self._shown.task_ids[0], description=line, completed=event.done or 0, total=event.total)
-
-    def _hide(self) -> None:
-        """Take the live display away: a line or a question comes next."""
-        if self._shown is not None:
-            self._shown.stop()
-            self._shown = None
-
-
-def _in_a_line(text: str) -> str:
-    """A box names its stages and tells what it does: in a second line it could say what only we say."""
-    return words.plain(text).replace("\n", " ")
-
-
-def _download_bar() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
-        console=err,
-        transient=True,
-    )
-
-
-def plan(value: Plan) -> None:
-    """What `up` is about to do, and what it costs, on stderr."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    gpu = "simulated GPU" if value.simulated else "GPU"
-    for column in ("", gpu, "$/h", "all-in", "ready in", "Mbit/s", "$/TB", "reliable", "place"):
-        table.add_column(column, justify="left" if column in ("", gpu, "place") else "right", no_wrap=True)
-    for rank, ranked in enumerate(value.choice.ranked[:5], start=1):
-        offer = ranked.offer
-        table.add_row(
-            "→" if rank == 1 else "",
-            escape(offer.gpu),
-            f"{offer.dph_total:.3f}",
-            f"${ranked.dollars:.2f}",
-            f"{ranked.ready_s / 60:.0f} min",
-            f"{offer.inet_down_mbps:.0f}",
-            f"{offer.down_per_gb * 1000:.1f}",
-            f"{offer.reliability:.3f}",
-            escape(offer.place),
-        )
-    err.print(table)
-    others = len(value.choice.ranked) - 5
-    if others > 0 or value.choice.refused:
-        err.print(f"[dim]{max(0, others)} more fit, {len(value.choice.refused)} do not[/]")
-    best = value.best
-    simulated = " (simulated)" if value.simulated else ""
-    err.print(
-        f"\nRent the first one for [bold]${best.offer.dph_total:.3f}/h[/]{simulated}; {value.hours:g} h cost"
-        f" [bold]${best.dollars:.2f}[/] all in. Model {value.model}, engine {value.engine}, {value.context} tokens."
-    )
-    err.print(
-        f"A machine that is gone or does not get ready is destroyed and another one tried: {value.attempts} at most, "
-        f"one after the other, none above ${value.ceiling:.3f}/h."
-    )
-    err.print(
-        f"It ends by itself: {_caps(value.caps)}. `selfhost down` destroys it with its disk. "
-        f"The account has ${value.account.credit:.2f}."
-    )
+def as_json_line(value: Any) -> None:
+    """The same in one line at once, for what comes bit by bit."""
+    out.file.write(json.dumps(_plain(value)) + "\n")
+    out.file.flush()
 
 
 def ready(rental: Rental, url: str) -> None:
@@ -264,10 +98,16 @@ def ended(value: Ended) -> None:
 
 
 def status(values: Sequence[state.Status]) -> None:
+    for line in status_lines(values):
+        out.print(line)
+
+
+def status_lines(values: Sequence[state.Status]) -> Iterator[str]:
+    """Lines of markup: all of `status`, also as it is watched."""
     if not values:
-        out.print("the ledger knows of no box; `selfhost down` asks the market whether that is true")
+        yield "the ledger knows of no box; `selfhost down` asks the market whether that is true"
     for value in values:
-        _status(value)
+        yield from _status(value)
 
 
 def _invoice(bill: Invoice) -> None:
@@ -317,24 +157,34 @@ def _gigabytes(amount: float | None) -> str:
     return "" if amount is None else f"{amount:.2f} GB  "
 
 
-def _status(value: state.Status) -> None:
+def status_rows(value: state.Status) -> Sequence[tuple[str, str]]:
+    """Each thing there is to tell of a rental, as markup."""
     rental = value.rental
     usage = value.so_far.usage
-    for name, text in (
+    return (
         ("box", escape(f"{rental} in {rental.place}, {rental.state}")),
         ("engine", escape(_engine(value))),
         ("tunnel", escape(f"{value.tunnel} {value.reason}".strip() + (f", {value.url}" if value.url else ""))),
         ("proxy", escape(str(value.box.get("status") or "not asked"))),
         ("tokens", f"{usage.input_tokens} in, {usage.output_tokens} out, {usage.requests} requests{_repaired(value)}"),
         ("so far", _so_far(value.so_far)),
-        ("ends by itself", _caps(rental.caps) if rental.guarded else UNGUARDED),
+        ("ends by itself", limits(rental.caps) if rental.guarded else UNGUARDED),
         ("as it stands", ", ".join(_countdown(one) for one in value.ends)),
-    ):
-        out.print(f"[bold]{name:<14}[/]  {text}")
-    if soon := countdown.warning(rental, value.ends):
-        out.print(f"[yellow]![/] {escape(soon)}")
+    )
+
+
+def status_warnings(value: state.Status) -> Iterator[str]:
+    if soon := countdown.warning(value.rental, value.ends):
+        yield escape(soon)
     if (value.unwatched_s or 0) > UNWATCHED_S:
-        out.print(f"[yellow]![/] its watchdog has not looked for {value.unwatched_s:.0f} s; the keeper starts it again")
+        yield f"its watchdog has not looked for {value.unwatched_s:.0f} s; the keeper starts it again"
+
+
+def _status(value: state.Status) -> Iterator[str]:
+    for name, text in status_rows(value):
+        yield f"[bold]{name:<14}[/]  {text}"
+    for text in status_warnings(value):
+        yield f"[yellow]![/] {text}"
 
 
 def _so_far(bill: Invoice) -> str:
@@ -378,7 +228,8 @@ def _engine(value: state.Status) -> str:
     return told if share is None else f"{told}, {share:.0%} on the GPU"
 
 
-def _caps(caps: Caps) -> str:
+def limits(caps: Caps) -> str:
+    """What ends a box by itself, in words."""
     return (
         f"after {caps.max_s / 3600:g} h or ${caps.max_dollars:g}, after {caps.idle_s / 60:g} min without a request,"
         f" after {caps.lease_s / 60:g} min without this machine"

@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +23,8 @@ from selfhost_cli.remote import NotYet
 INSTALL = "Install OpenSSH's client, on Debian and Ubuntu `apt-get install openssh-client`."
 KNOWN_HOSTS = "known_hosts."
 """What the names of our files begin with; the rest is the rental's label."""
+DRAFT_S = 60.0
+"""One that is older was left by a command that was killed."""
 
 
 def run(settings: Settings, command: Sequence[str]) -> None:
@@ -95,6 +99,10 @@ def _pin(paths: Paths, ledger: Ledger, rental: Rental) -> Path:
     for old in paths.state.glob(f"{KNOWN_HOSTS}*"):
         if old.name.removeprefix(KNOWN_HOSTS) not in live:
             old.unlink(missing_ok=True)
+    for draft in paths.state.glob(f"new.*.{KNOWN_HOSTS}*"):
+        with suppress(FileNotFoundError):
+            if time.time() - draft.stat().st_mtime > DRAFT_S:
+                draft.unlink()
     path = paths.state / f"{KNOWN_HOSTS}{rental.label}"
     lines = (" ".join([rental.label, *key.split()[:2]]) for key in rental.host_keys)
     draft = path.with_name(f"new.{os.getpid()}.{path.name}")

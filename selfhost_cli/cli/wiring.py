@@ -98,8 +98,8 @@ def _provider(settings: Settings) -> Provider:
         return VastProvider(key, settings.market_url, pacer=pacer)
     raise NotSetUp(
         "no vast.ai account key",
-        "Make one at https://cloud.vast.ai/manage-keys/ and put it into SELFHOST_API_KEY or "
-        f'{settings.paths.config_file} (api_key = "…").\nWithout an account, try `selfhost demo`.',
+        "Make one at https://cloud.vast.ai/manage-keys/ and put it into SELFHOST_API_KEY, or into "
+        f"{settings.paths.config_file} with `selfhost config set api_key`.\nWithout an account, try `selfhost demo`.",
     )
 
 

@@ -10,11 +10,16 @@ import signal
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
 
+from selfhost_cli.ledger import Ledger
+from selfhost_cli.model import State
+from selfhost_cli.remote import OtherKey
+from selfhost_cli.remote.ssh import connect
 from selfhost_cli.sandbox import demo
 from tests.e2e.stage import Stage
 from tests.waiting import until
@@ -56,8 +61,11 @@ def test_claudes_own_exit_code_is_ours(ready: Stage) -> None:
 
 
 def test_up_again_reuses_the_box_and_pays_for_no_second(ready: Stage) -> None:
-    answer = ready.ask("up", "--yes", "--json")
+    answer = ready.ask("up", "--yes", "--json", "--trace", env={"API_PORT": "8000"})
+    assert "API_PORT is not used" in answer.err
     assert answer.json["rental"]["state"] == "ready"
+    assert {"reuse", "health"} <= {span["name"] for span in answer.json["trace"]}
+    assert "where the time went" in answer.err
     assert ready.billed == 1
 
 
@@ -132,6 +140,25 @@ def cut(ready: Stage) -> None:
 
 def test_a_box_whose_sshd_lost_our_session_is_reached_again(ready: Stage) -> None:
     cut(ready)
+    until(lambda: reached(ready), 30)
+
+
+def test_the_logs_of_all_parts_are_followed_through_a_cut(ready: Stage) -> None:
+    following = ready.spawn("logs", "-f", "--json")
+    assert following.stdout
+    told = [json.loads(next(following.stdout))]
+    while told[-1]["part"] != "keeper":  # the last of the first look
+        told.append(json.loads(next(following.stdout)))
+    assert {one["part"] for one in told} >= {"install", "engine", "proxy"}
+    with closing(Ledger(ready.paths.ledger)) as ledger:
+        assert ledger.live()[0].box_token not in json.dumps(told)
+    cut(ready)
+    with (ready.box() / "root/.selfhost/log/engine.log").open("a") as file:
+        file.write("written after the cut\n")
+    assert any("written after the cut" in line for line in following.stdout)
+    following.send_signal(signal.SIGINT)
+    assert "Traceback" not in following.communicate(timeout=30)[1]
+    assert following.returncode == 0
     until(lambda: reached(ready), 30)
 
 
@@ -229,3 +256,49 @@ def test_up_on_a_terminal_becomes_claude_with_the_arguments_behind_the_dashes(re
     code, shown = on_a_terminal(ready, "up", "--", "--version")
     assert code == 0, shown
     assert "2.1.330" in shown
+
+
+def test_the_engines_own_api_is_not_to_be_had_through_the_front(ready: Stage) -> None:
+    """With the right token of either door. tests/proxy/test_doors.py tries more of them, on engines that are none."""
+    env = ready.ask("env", "--json").json
+    port = (ready.box() / "root" / ".selfhost" / "run" / "engine.port").read_text().strip()
+    asked = {"headers": {"authorization": f"Bearer {env['ANTHROPIC_AUTH_TOKEN']}"}, "timeout": 10, "trust_env": False}
+    assert httpx.get(f"http://127.0.0.1:{port}/props", **asked).status_code == 200, "there is nothing to hide"
+    for path in ("/props", "/slots", "/v1/chat/completions", "/completion", "/tokenize", "/lora-adapters"):
+        for method in ("GET", "POST", "DELETE"):
+            answer = httpx.request(method, f"{env['ANTHROPIC_BASE_URL']}{path}", **asked)
+            assert (answer.status_code, answer.json()["type"]) == (404, "error"), (method, path)
+
+
+def test_a_box_of_an_older_version_gets_a_host_key_of_its_own_and_stays_ready(ready: Stage) -> None:
+    """As one looks in the ledger: what it shows now is what the market knows, too."""
+    with closing(Ledger(ready.paths.ledger)) as ledger:
+        (older,) = ledger.live()
+        older = ledger.note(older, bootstrap=True)
+    again = ready.ask("up", "--yes", "--json")
+    with closing(Ledger(ready.paths.ledger)) as ledger:
+        (now,) = ledger.live()
+    assert (now.label, now.state, now.bootstrap, now.next_host_key) == (older.label, State.READY, False, "")
+    assert now.host_key != older.host_key
+    assert again.json["rental"]["host_key"] == now.host_key
+    until(lambda: reached(ready), 30)
+    assert now.endpoint
+    with pytest.raises(OtherKey):
+        connect(now.endpoint, older.host_key, ready.paths.login_key)
+
+
+def test_doctor_finds_a_ready_box_well_but_for_the_gpu_that_it_does_not_have(ready: Stage) -> None:
+    until(lambda: reached(ready), 30)
+    report = ready.ask("doctor", "--json").json
+    checks = {f"{check['part']}/{check['name']}": check for check in report["checks"]}
+    unwell = {name: check["why"] for name, check in checks.items() if check["verdict"] in ("warning", "failed")}
+    assert unwell.keys() == {"box/driver"}, unwell
+    assert "held by our keeper" in checks["laptop/port"]["saw"]
+    assert checks["rental/tunnel"]["saw"] == "up"
+    assert "generated" in checks["rental/health: token"]["saw"]
+    assert checks["rental/health: token"]["seconds"] > 0
+    assert re.fullmatch(r"alive, looked \d+ s ago, armed", checks["box/watchdog"]["saw"])
+    assert (checks["box/engine"]["saw"], checks["box/proxy"]["saw"]) == ("alive", "alive")
+    assert all(checks[f"box/{log} log"]["saw"] for log in ("engine", "proxy", "install"))
+    assert checks["box/driver"]["saw"] == "no driver"
+    assert report["exit_code"] == 0

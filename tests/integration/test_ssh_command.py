@@ -142,6 +142,22 @@ def test_the_fragment_holds_the_same_pins(user: User) -> None:
     ]
 
 
+def test_included_at_the_top_it_serves_ssh_and_scp_whatever_else_is_configured(user: User) -> None:
+    (user.home / "selfhost.conf").write_text(user.ask("--config").stdout)
+    (user.home / "config").write_text(
+        f"Include {user.home}/selfhost.conf\n\nHost *\n    User somebody\n    Port 9\n    StrictHostKeyChecking no\n"
+        "    UserKnownHostsFile /dev/null\n    ForwardAgent yes\n    IdentityFile ~/.ssh/another\n"
+    )
+    (user.home / "here.txt").write_text("hello\n")
+    user.run("scp", "-F", "config", "here.txt", "selfhost:there.txt")
+    assert (user.box.home / "there.txt").read_text() == "hello\n"
+    user.run("scp", "-F", "config", "selfhost:there.txt", "back.txt")
+    assert (user.home / "back.txt").read_text() == "hello\n"
+    user.known_hosts.write_text(f"{LABEL} {make_key('another')[1]}\n")
+    refused = user.run("ssh", "-F", "config", "selfhost", "true", code=255)
+    assert "Host key verification failed" in refused.stderr
+
+
 def test_a_box_that_has_moved_is_found_where_the_market_says(user: User) -> None:
     user.amend(endpoint=NOBODY, instance_id=int(user.box.root.name.removeprefix("box-")))
     assert user.ask("--", "echo here").stdout == "here\n"

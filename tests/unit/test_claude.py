@@ -264,7 +264,7 @@ def test_claude_is_found_on_path_then_where_its_installers_put_it(user: Path) ->
     env = {"HOME": str(user), "PATH": f"{user / 'a'}::{user / 'b'}"}
     with pytest.raises(NotSetUp, match="not found on PATH") as caught:
         claude.find("", env)
-    assert "npm install -g @anthropic-ai/claude-code@2.1.330" in caught.value.remedy
+    assert "npm install -g --prefix ~/.local @anthropic-ai/claude-code@2.1.330" in caught.value.remedy
     for place in (".claude/local/claude", ".local/bin/claude", "b/claude", "a/claude"):
         expected = program(user / place)
         assert claude.find("", env) == expected

@@ -252,7 +252,7 @@ def test_a_missing_claude_with_a_box_running_is_about_money_too(user: User) -> N
     assert done.stderr.startswith(
         "selfhost: box 4711 (RTX 4090, $0.34/h) is ready and billed, but claude was not found on PATH"
     )
-    assert "npm install -g @anthropic-ai/claude-code@2.1.330" in done.stderr
+    assert "npm install -g --prefix ~/.local @anthropic-ai/claude-code@2.1.330" in done.stderr
     assert "`selfhost down` ends the box." in done.stderr
 
 

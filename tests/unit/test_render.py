@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-import io
 import json
-import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from rich.console import Console
-from rich.status import Status as RichStatus
 
-from selfhost_cli.cli import render, words
+from selfhost_cli.cli import progress, render, words
 from selfhost_cli.invoice import invoice
 from selfhost_cli.ledger import Usage
 from selfhost_cli.lifecycle import Ended
@@ -93,47 +89,6 @@ def test_commands_shown_are_for_the_profile_at_hand() -> None:
     assert words.in_profile("Run `selfhost down`.", "demo") == "Run `selfhost --profile demo down`."
 
 
-class Broken(io.StringIO):
-    def write(self, text: str) -> int:
-        raise BrokenPipeError
-
-    def isatty(self) -> bool:
-        return False
-
-
-def test_talk_goes_quiet_when_nobody_listens_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "err", render._Console(file=Broken()))
-    with render.Talk() as talk:
-        talk(Event("boot", "done", "here"))
-        talk(Event("boot", "done", "there"))
-
-
-def test_progress_without_a_terminal_is_a_line_for_each_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = io.StringIO()
-    monkeypatch.setattr(render, "err", Console(file=told, width=100))
-    with render.Talk() as talk:
-        for megabyte in range(101):
-            talk(Event("model", "progress", "", megabyte * 1_000_000, 100_000_000))
-        talk(Event("model", "done", "100 MB"))
-    lines = told.getvalue().splitlines()
-    assert len(lines) == 12
-    assert "100 of 100 MB" in lines[-2]
-    assert lines[-1].startswith("✓ model")
-    assert re.search(r"50 of 100 MB, \d+ MB/s, \d+ s to go", told.getvalue())
-
-
-def test_what_interrupts_a_download_is_told_between_the_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = io.StringIO()
-    monkeypatch.setattr(render, "err", Console(file=told, width=100))
-    with render.Talk() as talk:
-        talk(Event("model", "progress", "tiny", 10_000_000, 100_000_000))
-        for text in ("tiny: interrupted (it stalled), going on", "tiny"):
-            talk(Event("model", "progress", text, 12_000_000, 100_000_000))
-    lines = told.getvalue().splitlines()
-    assert len(lines) == 2
-    assert lines[1].endswith("tiny: interrupted (it stalled), going on")
-
-
 STEERING = "\x1b]0;owned\x07\x1b[2J\x9b1A\rgone\u202ereversed\x08"
 """Sets a title, clears the screen, moves up, writes over, turns around."""
 
@@ -152,31 +107,9 @@ def test_what_a_market_or_a_box_says_never_steers_the_terminal(
     render.status([Status(box, STEERING, STEERING, STEERING, health, so_far, (), None)])
     render.as_json({"reason": STEERING})
     words.say(f"selfhost: {STEERING}")
-    with render.Talk() as talk:
+    with progress.Talk() as talk:
         talk(Event(STEERING, "fail", STEERING))
     told = capsys.readouterr()
     assert "gone" in told.out
     assert "gone" in told.err
     assert not steers(told.out + told.err)
-
-
-def test_the_live_display_shows_no_steering_either() -> None:
-    told = io.StringIO()
-    for total in (None, 100_000_000):
-        talk = render.Talk()
-        talk._draws = True
-        talk(Event(STEERING, "progress", STEERING, 1, total))
-        shown = talk._shown
-        assert shown is not None
-        Console(file=told, width=200).print(shown.renderable if isinstance(shown, RichStatus) else shown)
-        talk.__exit__(None, None, None)
-    assert "gone" in told.getvalue()
-    assert not steers(told.getvalue())
-
-
-def test_a_box_can_neither_break_the_display_nor_say_what_only_we_say(capsys: pytest.CaptureFixture[str]) -> None:
-    with render.Talk() as talk:
-        talk(Event("[/]", "done", "[/x]\n✓ nothing is billed any more"))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "[/]" in line
-    assert "[/x]" in line

@@ -1,0 +1,50 @@
+"""`selfhost completion SHELL`: Typer's own scripts, and what they are to offer beside commands and options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from selfhost_cli import config
+from selfhost_cli.errors import SelfhostError
+
+SHELLS = ("bash", "zsh", "fish")
+VARIABLE = "_SELFHOST_COMPLETE"
+"""Set by these scripts when they ask; Typer answers before any command runs."""
+
+
+def prepare() -> None:
+    """Typer knows these shells only once it was told to; nothing is done when no shell asks."""
+    if VARIABLE in os.environ:
+        from typer.completion import completion_init  # type: ignore[attr-defined]
+
+        completion_init()
+
+
+def script(shell: str) -> str:
+    """What the shell is to evaluate."""
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
+
+    return get_completion_script(prog_name="selfhost", complete_var=VARIABLE, shell=shell)
+
+
+def profiles(incomplete: str) -> Sequence[str]:
+    """Those that have a directory. Never raises: a shell would show it in the middle of a line."""
+    try:
+        folder = config.paths("default", os.environ).config.parent
+        names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+    except (OSError, SelfhostError):
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def settings(incomplete: str) -> Sequence[str]:
+    return [name for name in config.NAMES if name.startswith(incomplete)]
+
+
+def parts(incomplete: str) -> Sequence[str]:
+    """Of `logs`."""
+    from selfhost_cli.logs import PARTS
+
+    return [name for name in PARTS if name.startswith(incomplete)]
