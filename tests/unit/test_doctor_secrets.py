@@ -61,7 +61,7 @@ def test_a_short_password_is_hidden_wherever_it_stands() -> None:
         "using hf_{}",
     ],
 )
-@pytest.mark.parametrize("value", ["letmein", "a1B2c3D4e5", secrets.token_hex(32)])
+@pytest.mark.parametrize("value", ["letmein", "a1B2c3D4e5", secrets.token_hex(32)], ids=["word", "mixed", "hex"])
 def test_what_has_the_shape_of_a_secret_is_hidden(text: str, value: str) -> None:
     if "sk-ant" in text or "hf_" in text:
         value += "-longer"
