@@ -171,13 +171,13 @@ def process(result: Result) -> Finding:
     """The loop that keeps engine or proxy running."""
     told = _pairs(result)
     deaths, problem = int(_number(told.get("deaths", "")) or 0), told.get("problem", "")
-    saw = ("alive" if told.get("alive") else "not running") + (f", died {deaths} times in a row" if deaths else "")
+    saw = ("alive" if told.get("alive") else "not running") + (f", died {deaths} times in a row" if deaths > 1 else "")
     again = f"`selfhost up` starts it again. {BILL}"
     if not told.get("alive"):
         return failed(saw, problem or "nothing starts it again", again)
     if problem:
         return failed(saw, problem, f"Choose another model or context: `selfhost up --help`. {BILL}")
-    return warning(saw, "it ends again and again; its log below tells why", again) if deaths else ok(saw)
+    return warning(saw, "it ends again and again; its log below tells why", again) if deaths > 1 else ok(saw)
 
 
 def loaded(result: Result, model: str, *, simulated: bool) -> Finding:

@@ -35,8 +35,11 @@ def main(arguments: list[str]) -> int:
         except ProcessLookupError:
             shutil.rmtree(box, ignore_errors=True)
             return 1
-    lock = processes.hold(box / "lock")
-    if lock is None:
+    for _ in range(20):  # a market that sweeps takes it for a moment, to see whether anybody has it
+        if processes.hold(box / "lock") is not None:
+            break
+        time.sleep(0.05)
+    else:
         _say(f"{box} is supervised already")
         return 1
     if os.getuid() == 0 and not processes.private_mounts(box) and not processes.privsep_ready():

@@ -173,14 +173,24 @@ def hold(lock: Path) -> int | None:
     return descriptor
 
 
-def _supervised(box: Path) -> bool:
-    lock = box / "lock"
-    if not lock.exists():
+def _supervised(box: Path, pids: Iterable[int] = ()) -> bool:
+    """Whether its supervisor lives. `pids`: of its processes, whose file system may show a box that ours does not."""
+    return any(_is_held(root / box.relative_to("/") / "lock") for root in (Path("/"), *map(_root, pids)))
+
+
+def _root(pid: int) -> Path:
+    return Path(f"/proc/{pid}/root")
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        descriptor = hold(lock) if lock.exists() else -1
+    except OSError:  # gone meanwhile, or a process that lets nobody look through its eyes
         return False
-    descriptor = hold(lock)
     if descriptor is None:
         return True
-    os.close(descriptor)
+    if descriptor >= 0:
+        os.close(descriptor)
     return False
 
 
@@ -191,7 +201,7 @@ def sweep(boxes: Path) -> list[Path]:
     """
     swept: set[Path] = set()
     for _ in range(200):
-        left = {Path(box): pids for box, pids in boxes_of_processes().items() if not _supervised(Path(box))}
+        left = {Path(box): pids for box, pids in boxes_of_processes().items() if not _supervised(Path(box), pids)}
         if not left:
             break
         for box, pids in left.items():

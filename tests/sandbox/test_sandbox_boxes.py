@@ -447,6 +447,25 @@ def test_another_markets_boxes_are_not_swept(clean: MarketProcess, login: Path, 
     rented.destroy()
 
 
+ELSEWHERE = """
+from pathlib import Path
+from selfhost_cli.sandbox import processes
+assert not Path({box!r}).exists()
+processes.sweep(Path("/tmp/boxes"))
+"""
+
+
+@pytest.mark.skipif(not processes.can_have_private_mounts(Path("/nowhere")), reason="needs root, and mounts of its own")
+def test_a_box_that_a_sweeping_market_cannot_see_is_left_alone(clean: MarketProcess, login: Path) -> None:
+    """As that of a market in a container, or of a demo that has /tmp for itself."""
+    rented = rent(clean, own_login(login))
+    with connect(rented.port(), login) as client:
+        hidden = ["unshare", "-m", "sh", "-c", 'mount -n -t tmpfs none "$0" && exec "$@"', rented.box.parent]
+        subprocess.run([*hidden, sys.executable, "-c", ELSEWHERE.format(box=str(rented.box))], check=True, timeout=30)
+        assert say(client, "echo there") == "there\n"
+    rented.destroy()
+
+
 def test_a_market_ends_when_nothing_is_rented_and_nobody_asks(start_market: Callable[..., MarketProcess]) -> None:
     market = start_market("--idle-exit", "0.4")
     market.set("/faults", fault="boot_stuck", stage="null")

@@ -173,6 +173,7 @@ def test_a_watchdog_that_lives_looks_and_is_armed_is_fine(out: str, verdict: Ver
     ("out", "verdict", "said"),
     [
         ("alive=1\ndeaths=0\nproblem=\n", OK, "alive"),
+        ("alive=1\ndeaths=1\nproblem=\n", OK, "alive"),
         ("alive=1\ndeaths=4\nproblem=\n", WARNING, "died 4 times in a row"),
         ("alive=1\ndeaths=0\nproblem=model requires more system memory\n", FAILED, "more system memory"),
         ("deaths=\nproblem=\n", FAILED, "not running"),
