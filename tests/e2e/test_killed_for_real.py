@@ -51,7 +51,7 @@ def test_after_a_killed_up_and_a_killed_down_another_down_ends_it(
     assert stage.billed == 0
 
 
-@pytest.mark.parametrize("requests", [6, 8, 12])
+@pytest.mark.parametrize("requests", [6, 8, 9])
 def test_after_a_killed_up_the_keeper_alone_ends_it(make_stage: Callable[..., Stage], requests: int) -> None:
     stage = make_stage(orphan=0.02)
     killed(stage, "up", "--yes", "--detach", requests=requests)
