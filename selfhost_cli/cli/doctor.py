@@ -37,7 +37,7 @@ def run(profile: str, flags: Mapping[str, object], *, json: bool) -> int:
         env,
         load=lambda: config.load(profile, flags=flags, env=env),
         exposed=exposed.warning,
-        provider=wiring._provider,
+        provider=wiring.provider,
         reach=wiring.reach,
     )
     if sys.stderr.isatty():

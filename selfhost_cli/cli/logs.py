@@ -10,7 +10,6 @@ from rich.text import Text
 from selfhost_cli import logs
 from selfhost_cli.cli import render, wiring, words
 from selfhost_cli.config import Settings
-from selfhost_cli.doctor import Case
 from selfhost_cli.doctor.secrets import Secrets, known
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.logs import KEEPER, Line, Note
@@ -61,14 +60,5 @@ def _show(one: Line | Note, *, alone: bool, json: bool) -> None:
 
 
 def _secrets(settings: Settings, ledger: Ledger) -> Secrets:
-    env = dict(os.environ)
-    case = Case(
-        settings.profile,
-        settings.paths,
-        env,
-        load=lambda: settings,
-        exposed=lambda paths: "",
-        provider=wiring._provider,
-        reach=wiring.reach,
-    )
-    return Secrets(known(case, settings.api_key, [one.box_token for one in ledger.all()]), env)
+    tokens = [one.box_token for one in ledger.all()]
+    return Secrets(known(settings.paths, os.environ, settings.api_key, tokens), os.environ)

@@ -34,7 +34,7 @@ def world(
         with _billing_headline(settings, ledger):
             yield lifecycle.World(
                 settings=settings,
-                provider=_provider(settings),
+                provider=provider(settings),
                 ledger=ledger,
                 keeper=_Keeper(settings),
                 connect=ssh.connect,
@@ -53,7 +53,7 @@ def world(
 
 def books(settings: Settings, ledger: Ledger, report: Callable[[Event], None]) -> lifecycle.Books:
     """What it takes to ask the market about old rentals. Raises NotSetUp without a key."""
-    return lifecycle.Books(settings=settings, provider=_provider(settings), ledger=ledger, report=report)
+    return lifecycle.Books(settings=settings, provider=provider(settings), ledger=ledger, report=report)
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def reach(settings: Settings) -> Iterator[tuple[Ledger, Reach]]:
     from selfhost_cli.remote import ssh
 
     def endpoints(rental: Rental) -> Sequence[Endpoint]:
-        box = _provider(settings).get(rental.instance_id or 0)
+        box = provider(settings).get(rental.instance_id or 0)
         return box.endpoints if box else ()
 
     if not settings.paths.ledger.exists():
@@ -88,7 +88,7 @@ def _ledger(settings: Settings, report: Callable[[Event], None], needed: bool) -
         return Ledger.in_memory(broken=error.message)
 
 
-def _provider(settings: Settings) -> Provider:
+def provider(settings: Settings) -> Provider:
     from selfhost_cli.providers.pacing import Pacer
     from selfhost_cli.providers.vast import VastProvider, account_key
 

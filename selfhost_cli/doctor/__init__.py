@@ -44,7 +44,8 @@ def look(case: Case) -> Report:
             *box.lines(case, settings, rentals),
         ]
     )
-    hide = Secrets(known(case, settings.api_key if settings else "", books.tokens), case.env).hide
+    key = settings.api_key if settings else ""
+    hide = Secrets(known(case.paths, case.env, key, books.tokens), case.env).hide
     checks = tuple(check.with_texts(hide) for check in sorted(found, key=lambda check: PARTS.index(check.part)))
     return Report(
         version=__version__,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from selfhost_cli.doctor.checks import Case
+from selfhost_cli.config import Paths
 from selfhost_cli.errors import plain
 
 HIDDEN = "(hidden)"
@@ -77,16 +77,16 @@ class Secrets:
         return "".join([*parts, text[at:]])
 
 
-def known(case: Case, account_key: str, box_tokens: Iterable[str]) -> Iterator[str]:
+def known(paths: Paths, env: Mapping[str, str], account_key: str, box_tokens: Iterable[str]) -> Iterator[str]:
     """Every secret of this profile and of the environment, as far as it can be read."""
     yield account_key
     yield from box_tokens
-    home = Path(case.env.get("HOME") or Path.home())
-    stored = Path(case.env.get("XDG_CONFIG_HOME") or home / ".config") / "vastai" / "vast_api_key"
-    yield from KEY_IN_CONFIG.findall("\n".join(_lines(case.paths.config_file)))  # it may not be readable as TOML
-    for path in (case.paths.front_token, case.paths.login_key, stored, home / ".vast_api_key"):
+    home = Path(env.get("HOME") or Path.home())
+    stored = Path(env.get("XDG_CONFIG_HOME") or home / ".config") / "vastai" / "vast_api_key"
+    yield from KEY_IN_CONFIG.findall("\n".join(_lines(paths.config_file)))  # it may not be readable as TOML
+    for path in (paths.front_token, paths.login_key, stored, home / ".vast_api_key"):
         yield from _lines(path)
-    for name, value in case.env.items():
+    for name, value in env.items():
         if NAMED.search(name) and not value.startswith("/") and len(value) >= LEAST_OF_NAMED:
             yield value
         for word in value.split() if "://" in value and "@" in value else ():

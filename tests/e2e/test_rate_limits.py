@@ -20,7 +20,7 @@ from selfhost_cli import config
 from selfhost_cli.cli import wiring
 settings = config.load("other")
 settings.paths.make()
-provider = wiring._provider(settings)
+provider = wiring.provider(settings)
 while True:
     provider.instances("selfhost-")
     provider.get(7)

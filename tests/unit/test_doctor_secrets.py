@@ -7,13 +7,11 @@ import json
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import pytest
 
 from selfhost_cli import config
-from selfhost_cli.doctor.checks import Case
 from selfhost_cli.doctor.secrets import HIDDEN, Secrets, known
 from selfhost_cli.remote.ssh import make_key
 
@@ -118,8 +116,7 @@ def test_every_place_where_we_keep_one_is_read(tmp_path: Path) -> None:
     (tmp_path / ".config/vastai").mkdir(parents=True)
     (tmp_path / ".config/vastai/vast_api_key").write_text("vasts-newer-key")
     env = {"HOME": str(tmp_path), "MY_TOKEN": "of-the-shell", "SSH_KEY": "/a/path", "https_proxy": "http://me:p%40ss@h"}
-    nothing: Any = None
-    found = set(known(Case("default", where, env, nothing, nothing, nothing, nothing), "account", ["box"]))
+    found = set(known(where, env, "account", ["box"]))
     assert {"account", "box", "the-front-token", "the-key-in-it", "vasts-own-key", "vasts-newer-key"} <= found
     assert {"of-the-shell", "me:p%40ss", "p%40ss", "p@ss", *private.splitlines()[1:-1]} <= found
     assert "/a/path" not in found

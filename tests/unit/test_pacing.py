@@ -299,7 +299,7 @@ def test_markets_that_are_no_more_leave_nothing_behind(book: Path) -> None:
     db.close()
 
 
-@pytest.mark.parametrize("maker", [cli_wiring._provider, keeper_wiring.provider])
+@pytest.mark.parametrize("maker", [cli_wiring.provider, keeper_wiring.provider])
 def test_commands_and_keepers_of_all_profiles_use_one_book(
     tmp_path: Path, maker: Callable[[config.Settings], VastProvider]
 ) -> None:
