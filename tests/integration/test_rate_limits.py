@@ -19,7 +19,7 @@ from selfhost_cli.cli import wiring as cli
 from selfhost_cli.keeper import wiring as keeper
 settings = config.load(sys.argv[1])
 settings.paths.make()
-provider = (keeper.provider if sys.argv[2] == "keeper" else cli._provider)(settings)
+provider = (keeper.provider if sys.argv[2] == "keeper" else cli.provider)(settings)
 provider.get(7)
 provider.instances("selfhost-")
 provider.account()
