@@ -55,7 +55,8 @@ def _settings(env: Mapping[str, str], slots: int) -> tuple[Settings, str]:
     if env["SELFHOST_ENGINE"] not in ENGINES:
         raise ValueError(f"SELFHOST_ENGINE is {env['SELFHOST_ENGINE']!r}, known: {', '.join(ENGINES)}")
     version = env.get("SELFHOST_VERSION") or __version__
-    settings = Settings(env["SELFHOST_TOKEN"], env["SELFHOST_MODEL"], version, slots=max(1, slots))
+    digest = env.get("SELFHOST_MODEL_SHA256", "")
+    settings = Settings(env["SELFHOST_TOKEN"], env["SELFHOST_MODEL"], version, digest, slots=max(1, slots))
     return settings, env["SELFHOST_ENGINE"]
 
 

@@ -11,6 +11,8 @@ from selfhost_cli.proxy.engines import AnswerEvent, Done, Prompt, Text, Thinking
 from selfhost_cli.proxy.errors import EmptyAnswer, EngineBroke, ProxyError, new_id
 
 BlockKind = Literal["text", "thinking", "tool_use"]
+DOUBT = "selfhost_doubt"
+"""In the usage of an answer that nobody should keep: why, in a word. Clients overlook what they do not know there."""
 
 
 class Narrator:
@@ -24,6 +26,8 @@ class Narrator:
         self.output_tokens = 0
         self.started = False
         self.finished = False
+        self.doubt = ""
+        """Why this answer is not worth keeping."""
         self._model = model
         self._index = -1
         self._open: BlockKind | None = None
@@ -100,7 +104,8 @@ class Narrator:
             yield self._message_start()
         yield from self._close()
         delta = {"stop_reason": done.reason, "stop_sequence": done.stop_sequence}
-        yield {"type": "message_delta", "delta": delta, "usage": self.usage()}
+        doubt = "cut" if done.cut else self.doubt
+        yield {"type": "message_delta", "delta": delta, "usage": self.usage() | ({DOUBT: doubt} if doubt else {})}
         self.finished = True
         yield {"type": "message_stop"}
 

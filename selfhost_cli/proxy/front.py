@@ -8,6 +8,7 @@ import hmac
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -16,15 +17,20 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from selfhost_cli.proxy import sse
+from selfhost_cli.proxy.cache.cache import Cache
+from selfhost_cli.proxy.cache.key import Served
 from selfhost_cli.proxy.codec import decode
 from selfhost_cli.proxy.contract import Json, load
 from selfhost_cli.proxy.errors import API_ERROR, OVERLOADED, error_object, invalid, not_found, overloaded, reason_of
-from selfhost_cli.proxy.web import PING_EVERY, PUBLIC, application, read_body, request_class, trace, upload
+from selfhost_cli.proxy.recipient import Asker, Recipient
+from selfhost_cli.proxy.web import PING_EVERY, PUBLIC, application, is_probe, read_body, request_class, trace, upload
 
 PROVE = "/selfhost/prove"
 RETRY_AFTER = 5
 BACK_S, SETTLED_S, LOOK_S = 15.0, 2.0, 0.1
 """How long a request that had come to nothing waits for a new connection to the box, unless the old one stays."""
+WHO_S = 2.0
+"""Within it a box has to say what it serves, or the cache keeps out of it."""
 HEAD_S = 60.0
 """So long may the second try's head take; of a stream it comes at once."""
 SILENT_S = 6 * PING_EVERY
@@ -82,13 +88,14 @@ def build_front(
     status: Callable[[], Json],
     on_usage: Callable[[Usage], None],
     control: Mapping[str, Control],
+    cache: Cache | None = None,
 ) -> web.Application:
     """The application. Host it with `web.runner`, so that a client that is gone cancels what it asked for.
 
     `upstream` is asked at every request. `control` is served as `POST /selfhost/<name>`: a JSON object in and out; to
     refuse, it raises `errors.ProxyError`.
     """
-    return _Front(token, upstream, status, on_usage, control).application()
+    return _Front(token, upstream, status, on_usage, control, cache).application()
 
 
 def proof(token: str, nonce: str, port: int) -> str:
@@ -105,12 +112,16 @@ class _Front:
         status: Callable[[], Json],
         on_usage: Callable[[Usage], None],
         control: Mapping[str, Control],
+        cache: Cache | None,
     ) -> None:
         self._token = token
         self._upstream = upstream
         self._status = status
         self._on_usage = on_usage
         self._control = control
+        self._cache = cache
+        self._identity: tuple[str, Served | None] = ("", None)
+        self._asking = asyncio.Lock()
 
     def application(self) -> web.Application:
         app = application(self._token, PUBLIC | {PROVE})
@@ -121,6 +132,8 @@ class _Front:
         app.router.add_route("*", "/selfhost/{name:.*}", self._command)
         app.router.add_route("*", "/{path:.*}", self._relay)
         app.cleanup_ctx.append(self._sessions)
+        if self._cache:
+            app.cleanup_ctx.append(self._cached)
         return app
 
     async def _sessions(self, app: web.Application) -> AsyncIterator[None]:
@@ -128,6 +141,12 @@ class _Front:
         single = aiohttp.TCPConnector(limit=0, force_close=True)
         async with _session(kept) as self._kept, _session(single) as self._fresh:
             yield
+
+    async def _cached(self, app: web.Application) -> AsyncIterator[None]:
+        assert self._cache
+        await self._cache.start()
+        yield
+        await self._cache.close()
 
     async def _hello(self, http: web.Request) -> web.Response:
         return web.json_response({"selfhost": "front"})
@@ -166,19 +185,42 @@ class _Front:
             return {"status": "away", "state": "connected", "reason": f"the box answers {response.status}"}
         return box
 
+    async def _served(self) -> Served | None:
+        """What would answer now; while no box does, what did last. None: it does not say so."""
+        async with self._asking:
+            target = self._upstream()
+            if isinstance(target, Away) or target.url == self._identity[0]:
+                return self._identity[1]
+            try:
+                async with asyncio.timeout(WHO_S):
+                    served = _identity(await self._box_health())
+            except TimeoutError:
+                return None
+            if served:
+                self._identity = (target.url, served)
+            return served
+
     async def _relay(self, http: web.Request) -> web.StreamResponse:
         body = await read_body(http)
         if not http.raw_path.startswith("/"):
             raise not_found(http.raw_path)
+        if self._cache and _metered(http) and not is_probe(http):
+            return await self._cache.answer(http, body, self._served, partial(self._pass, http, body))
+        asker = Asker(http)
+        await self._pass(http, body, asker)
+        return asker.response
+
+    async def _pass(self, http: web.Request, body: bytes, recipient: Recipient) -> None:
+        """The request to the box, and its answer to whoever is to get it. Raises ProxyError when there is none."""
         target = self._upstream()
         if isinstance(target, Away):
             trace().outcome = "away"
             raise overloaded(f"the box is {target.state}: {target.reason}", target.retry_after)
-        metered = http.method == hdrs.METH_POST and http.path == "/v1/messages"
+        metered = _metered(http)
         answer, target = await self._ask(http, body, target, wait=metered)
         trace().cls = request_class(http) if metered else "other"
         meter = _Meter(streaming=answer.content_type == "text/event-stream") if metered else None
-        relayed = _Relayed(http, meter)
+        relayed = _Relayed(recipient, meter)
         try:
             broken = await relayed.run(answer)
             if broken:
@@ -191,7 +233,6 @@ class _Front:
                     broken = await relayed.run(answer)
             if broken:
                 await relayed.fail(broken)
-            return relayed.response
         finally:
             # not release(): what the client no longer reads must stop being generated
             answer.close()
@@ -259,14 +300,13 @@ class _Front:
 class _Relayed:
     """One answer on its way from the box to the client, as it comes; a second one where the first came to nothing."""
 
-    def __init__(self, http: web.Request, meter: _Meter | None) -> None:
-        self._http = http
+    def __init__(self, recipient: Recipient, meter: _Meter | None) -> None:
+        self._recipient = recipient
         self._meter = meter
-        self.response = web.StreamResponse()
 
     async def run(self, answer: aiohttp.ClientResponse) -> str:
         """Why it broke off before anything but pings had come of it, else ""."""
-        if not self.response.prepared:
+        if not self._recipient.begun:
             await self._begin(answer)
         elif answer.status != 200:
             return f"it answers {answer.status} now"
@@ -283,16 +323,14 @@ class _Relayed:
         task = asyncio.ensure_future(work)
         try:
             while not (await asyncio.wait([task], timeout=PING_EVERY))[0]:
-                await self.response.write(sse.PING)
+                await self._recipient.write(sse.PING)
             return task.result()
         finally:
             task.cancel()
 
     async def _begin(self, answer: aiohttp.ClientResponse) -> None:
         kept = [(key, value) for key, value in answer.headers.items() if key.lower() not in NOT_RELAYED]
-        self.response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=CIMultiDict(kept))
-        self.response.content_length = answer.content_length
-        await self.response.prepare(self._http)
+        await self._recipient.begin(answer.status, answer.reason, CIMultiDict(kept), answer.content_length)
 
     async def _pass_on(self, answer: aiohttp.ClientResponse) -> str:
         """Why it broke off, "" when it is whole."""
@@ -314,7 +352,7 @@ class _Relayed:
                     silence.reschedule(None)  # how long the client takes is its own affair
                     trace().mark("first")
                     if whole := self._meter.read(chunk) if self._meter else chunk:
-                        await self.response.write(whole)
+                        await self._recipient.write(whole)
                     elif self._meter and self._meter.held > MAX_EVENT:
                         return f"an event of more than {MAX_EVENT // 2**20} MB"
         except TimeoutError:
@@ -324,12 +362,11 @@ class _Relayed:
         """Never a clean end on a broken answer: an error event where there are events, else a torn connection."""
         trace().outcome = "broken"
         if not (self._meter and self._meter.streaming):
-            if self._http.transport:
-                self._http.transport.abort()
+            self._recipient.tear()
             return
         kind = API_ERROR if self._meter.started else OVERLOADED
         event = error_object(kind, f"the connection to the box broke: {reason}", trace().id)
-        await self.response.write(sse.encode(event))
+        await self._recipient.write(sse.encode(event))
 
 
 _TELLING = re.compile(rb"^event: ?(message_|error)", re.MULTILINE)
@@ -386,6 +423,15 @@ class _Meter:
 
     def usage(self) -> Json:
         return self._usage if self.streaming else _usage(bytes(self._json))
+
+
+def _metered(http: web.Request) -> bool:
+    return http.method == hdrs.METH_POST and http.path == "/v1/messages"
+
+
+def _identity(health: Json) -> Served | None:
+    parts = [health.get(name) for name in ("engine", "model", "digest")]
+    return Served(*map(str, parts)) if all(isinstance(part, str) and part for part in parts) else None
 
 
 def _session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:

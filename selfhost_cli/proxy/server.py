@@ -52,11 +52,15 @@ log = logging.getLogger("selfhost.proxy")
 
 @dataclass(frozen=True)
 class Settings:
-    """`touch_every`: seconds between two touches of the activity file while a client is served."""
+    """`touch_every`: seconds between two touches of the activity file while a client is served.
+
+    `digest`: of the model's file, for an engine that does not tell it.
+    """
 
     token: str = field(repr=False)
     model: str
     version: str
+    digest: str = ""
     slots: int = 1
     ping_every: float = PING_EVERY
     touch_every: float = 4.0
@@ -135,6 +139,7 @@ class _EngineSide:
             "version": self._settings.version,
             "engine": self._engine.name,
             "model": self._settings.model,
+            "digest": health.facts.get("digest") or self._settings.digest,
             "context": health.context or None,
             "components": {"proxy": {"status": "healthy"}, self._engine.name: engine},
             "usage": self._usage,
@@ -251,6 +256,7 @@ class _EngineSide:
                     if asked.form:
                         kept = chain.from_iterable(map(asked.form.feed, kept))
                     for one in kept:
+                        narrator.doubt = "repaired" if rescue.repaired else ""
                         for told in narrator.tell(one):
                             traced.mark("first")
                             yield told

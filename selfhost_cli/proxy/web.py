@@ -44,8 +44,9 @@ MOST_PENDING = 2**14
 """Bytes of events that are written in the next moment; more than that only a slow reader leaves."""
 PUBLIC = frozenset({"/", "/api/hello"})
 AUXILIARY = "auxiliary"
-CLASSES = frozenset({"main", "subagent", "workflow", "compaction", AUXILIARY, "side_reply"})
-"""What Claude Code knows."""
+ASK = "ask"
+CLASSES = frozenset({"main", "subagent", "workflow", "compaction", AUXILIARY, "side_reply", ASK})
+"""What Claude Code knows, and `selfhost ask`."""
 
 Moment = Literal["began", "queued", "turn", "heard", "first", "done"]
 """Of a request: came, waited for a slot, got it, the engine's first output, the client's first, the engine's end."""

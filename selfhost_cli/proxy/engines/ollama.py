@@ -67,7 +67,8 @@ class _Loaded:
 
 
 class OllamaEngine(Upstream):
-    """Healthy while the model is loaded. `facts`: version, capabilities, parameters, quantization, size, size_vram."""
+    """Healthy while the model is loaded. `facts`: version, digest, capabilities, parameters,
+    quantization, size, size_vram."""
 
     def __init__(self, name: str, model: str, base_url: Callable[[], str]) -> None:
         super().__init__(name, model, base_url)
@@ -92,6 +93,7 @@ class OllamaEngine(Upstream):
         details: Any = shown.get("details") or {}
         facts = {
             "version": (await self._ask("/api/version")).get("version"),
+            "digest": loaded.get("digest"),
             "size": loaded.get("size"),
             "size_vram": loaded.get("size_vram"),
             "capabilities": shown.get("capabilities"),

@@ -1,0 +1,109 @@
+"""A front with a cache, before a proxy with a stub of an engine: all of it as it is shipped, but for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from selfhost_cli.proxy.cache.cache import Cache
+from selfhost_cli.proxy.cache.rules import Rules
+from selfhost_cli.proxy.cache.seal import Seal
+from selfhost_cli.proxy.cache.stores import Store
+from selfhost_cli.proxy.cache.stores.local import LocalStore
+from selfhost_cli.proxy.front import Away, Upstream, build_front
+from tests.proxy.kit import HI, TOKEN, LlamaStub, eventually, proxied, serving, streamed
+
+FRONT = "front-token"
+AUTH = {"authorization": f"Bearer {FRONT}"}
+KEY = bytes(range(32))
+SCOPE = "testscope"
+
+
+@dataclass
+class Tally:
+    """What was counted, in order."""
+
+    told: list[tuple[str, str, str]] = field(default_factory=list)
+    saved: list[tuple[int, int]] = field(default_factory=list)
+
+    def count(
+        self,
+        outcome: str,
+        label: str,
+        cls: str,
+        *,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+        gpu_seconds: float = 0.0,
+    ) -> None:
+        self.told.append((outcome, label, cls))
+        if outcome == "hit":
+            self.saved.append((input_tokens, output_tokens))
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass
+class Laptop:
+    """A client of a front that is up."""
+
+    url: str
+    session: aiohttp.ClientSession
+    tally: Tally
+    cache: Cache
+    target: Upstream | Away
+
+    def ask(self, body: Mapping[str, Any] = HI, **headers: str) -> Any:
+        return self.session.post(self.url + "/v1/messages", json=body, headers=AUTH | headers)
+
+    async def answer(self, body: Mapping[str, Any] = HI, **headers: str) -> tuple[str, Any]:
+        """What the cache said, and the message or the events; of an answer that is kept when it is."""
+        note, told = await self.hear(body, **headers)
+        await self.settled()
+        return note, told
+
+    async def hear(self, body: Mapping[str, Any] = HI, **headers: str) -> tuple[str, Any]:
+        async with self.ask(body, **headers) as response:
+            note = response.headers.get("x-selfhost-cache", "")
+            if response.content_type == "text/event-stream":
+                told: Any = [event async for event in streamed(response.content.iter_any())]
+            else:
+                told = await response.json()
+        return note, told
+
+    async def settled(self) -> None:
+        """What was answered is kept by now: that may be a moment after its client has it."""
+        await eventually(lambda: not self.cache._tasks)
+
+
+@asynccontextmanager
+async def laptop(
+    target: Upstream | Away,
+    store: Store,
+    *,
+    key: bytes = KEY,
+    scope: str = SCOPE,
+    rules: Rules | None = None,
+) -> AsyncIterator[Laptop]:
+    tally = Tally()
+    cache = Cache(store, Seal(key), scope, rules or Rules(), tally, lambda: "rental-1")
+    made: list[Laptop] = []
+    app = build_front(FRONT, lambda: made[0].target, dict, lambda usage: None, {}, cache)
+    async with serving(app) as url, aiohttp.ClientSession() as session:
+        made.append(Laptop(url, session, tally, cache, target))
+        yield made[0]
+
+
+@asynccontextmanager
+async def boxed(stub: LlamaStub, run: Path, *, digest: str = "d1", **kept: Any) -> AsyncIterator[Laptop]:
+    """One laptop with one box, and a store in a file beside it."""
+    async with AsyncExitStack() as stack:
+        box = await stack.enter_async_context(proxied(stub, run, digest=digest))
+        store = LocalStore(run / "answers.sqlite3", 2**24)
+        yield await stack.enter_async_context(laptop(Upstream(box.url, TOKEN, "rental-1"), store, **kept))
