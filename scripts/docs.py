@@ -16,13 +16,15 @@ HEAD = """# Settings
 Written by `scripts/docs.py` from the table in `selfhost_cli/config.py`. A flag beats the environment, the environment
 beats `config.toml`, the file beats the default. `config.toml` is in the profile's folder of your system's place for
 settings, on Linux `~/.config/selfhost/default/`. Unknown keys are errors that name the nearest one, and so are
-variables named nearly like one of these.
+variables named nearly like one of these. A setting may stand in a table: `untempered` in `[cache]` is
+`cache_untempered`, and `selfhost config get cache.untempered` finds it.
 
 ```sh
 selfhost config show                  # every setting: its value, where that comes from, what it is
 selfhost config get hours
 selfhost config set max_price 0.5     # checked first; comments and other lines of the file stay
 selfhost config set api_key           # asks for it: what is typed on a command line stays in its history
+selfhost config unset max_price       # the default holds again, or what beats the file
 selfhost config path
 ```
 

@@ -63,7 +63,7 @@ PASSED_ON = frozenset(
         "no_proxy",
     }
 )
-PASSED_ON_PREFIXES = ("SELFHOST_", "VAST_", "XDG_", "LC_", "PYTHON", "LD_", "DYLD_", "COVERAGE_")
+PASSED_ON_PREFIXES = ("SELFHOST_", "VAST_", "REDIS_", "XDG_", "LC_", "PYTHON", "LD_", "DYLD_", "COVERAGE_")
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,17 @@ SEEN = "2.1.330"
 INSTALL = f"npm install -g --prefix ~/.local @anthropic-ai/claude-code@{SEEN}"
 
 AUTO_MODE_OFF = {"permissions": {"disableAutoMode": "disable"}}
+CACHE = "SELFHOST_CACHE"
+CACHE_WISHES = {"": "", "on": "", "off": "no-store", "refresh": "no-cache"}
 DECIDES_THE_MODE = ("--permission-mode", "--dangerously-skip-permissions")
 NOTICED_AT = ("UserPromptSubmit", "Stop")
 """Hooks that show a `systemMessage` to the person only: neither the model nor `-p` prints a word of it."""
 LOOK_S = 10
 # Claude Code answers these at once, before it loads anything, but only where no other argument precedes them.
 ANSWERED_AT_ONCE = ("--version", "-v")
+
+OUR_KEYS = ("SELFHOST_API_KEY", "VAST_API_KEY")
+"""Kept from Claude Code, and meant for us."""
 
 # Everything that could send requests, keys or other fields elsewhere than to the front as it is set up here.
 CONFLICTING_PREFIX = "ANTHROPIC_"
@@ -97,7 +102,7 @@ def find(override: str, env: Mapping[str, str]) -> Path:
     for place in (*places, home / ".local/bin", home / ".claude/local"):
         if _runs(place / "claude"):
             return place / "claude"
-    raise NotSetUp("claude was not found on PATH, in ~/.local/bin or ~/.claude/local", f"Install it: {INSTALL}")
+    raise NotSetUp("claude was not found on PATH, in ~/.local/bin or ~/.claude/local", f"Install it: `{INSTALL}`")
 
 
 def launch(
@@ -166,7 +171,17 @@ def environment(
     }
     if "qwen" in model.lower():
         told["CLAUDE_CODE_DISABLE_THINKING"] = "1"
+    if wish := cache_wish(env):
+        told["ANTHROPIC_CUSTOM_HEADERS"] = f"cache-control: {wish}"
     return told | _no_proxy(env)
+
+
+def cache_wish(env: Mapping[str, str]) -> str:
+    """What SELFHOST_CACHE says of one command, in the words of Cache-Control. Raises UsageError."""
+    said = env.get(CACHE, "").lower()
+    if said not in CACHE_WISHES:
+        raise UsageError(f"{CACHE}={said}: expected off (neither asked nor kept) or refresh (answered anew and kept)")
+    return CACHE_WISHES[said]
 
 
 def seen_version(binary: Path, cache: Path) -> Seen:
@@ -181,7 +196,7 @@ def seen_version(binary: Path, cache: Path) -> Seen:
     told = known["told"] if isinstance(known.get("told"), list) else []
     new = version != SEEN and version not in told
     _remember(memory, {"identity": identity, "version": version, "told": [*told, version] if new else told})
-    return Seen(version, f"this is Claude Code {version}; selfhost was made with {SEEN} ({INSTALL})" if new else "")
+    return Seen(version, f"this is Claude Code {version}; selfhost was made with {SEEN} (`{INSTALL}`)" if new else "")
 
 
 def execute(launch: Launch) -> NoReturn:
@@ -197,7 +212,7 @@ def execute(launch: Launch) -> NoReturn:
     except OSError as error:
         for number, handler in before.items():
             signal.signal(number, handler)
-        raise NotSetUp(f"{launch.argv[0]} cannot be run: {error.strerror}", f"Install it again: {INSTALL}") from error
+        raise NotSetUp(f"{launch.argv[0]} cannot be run: {error.strerror}", f"Install it again: `{INSTALL}`") from error
 
 
 def _room(context: int) -> int:
@@ -214,6 +229,11 @@ def _no_proxy(env: Mapping[str, str]) -> dict[str, str]:
             hosts += [host for host in ("127.0.0.1", "localhost") if host not in hosts]
         merged[name] = ",".join(hosts)
     return merged
+
+
+def in_the_way(env: Mapping[str, str]) -> list[str]:
+    """Of a shell's variables, those that would still lead a client elsewhere beside `environment`; not our own keys."""
+    return sorted(name for name in env if _conflicts(name) and name not in OUR_KEYS and name.isidentifier())
 
 
 def _conflicts(name: str) -> bool:
@@ -296,11 +316,11 @@ def _ask(binary: Path) -> str:
             [binary, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotSetUp(f"{binary} --version: {error}", f"Install it again: {INSTALL}") from error
+        raise NotSetUp(f"{binary} --version: {error}", f"Install it again: `{INSTALL}`") from error
     version = re.match(r"\d+\.\d+\.\d+\S*", done.stdout.decode(errors="replace"))
     if done.returncode or version is None:
         said = (done.stdout + done.stderr).decode(errors="replace").strip()[:200]
-        raise NotSetUp(f"{binary} --version ended with {done.returncode}: {said}", f"Install it again: {INSTALL}")
+        raise NotSetUp(f"{binary} --version ended with {done.returncode}: {said}", f"Install it again: `{INSTALL}`")
     return version[0]
 
 

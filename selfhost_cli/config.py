@@ -7,7 +7,7 @@ Nothing is read at import, and what only some paths need is imported there: this
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from enum import IntEnum
 from pathlib import Path
@@ -91,6 +91,21 @@ class Paths:
         return self.state / "notice.json"
 
     @property
+    def cache_key(self) -> Path:
+        """What the answers in the cache are sealed with."""
+        return self.config / "cache.key"
+
+    @property
+    def answers(self) -> Path:
+        """The cache of answers, when it is on this machine."""
+        return self.state / "answers.sqlite3"
+
+    @property
+    def counters(self) -> Path:
+        """What the cache did."""
+        return self.state / "cache-counters.sqlite3"
+
+    @property
     def archives(self) -> Path:
         """Which files were seen first, see `archive`."""
         return self.state / "archives"
@@ -133,7 +148,7 @@ class Settings:
     poll: float = _setting(5.0, "seconds between two questions to the market")
     pace: float = _setting(1.0, "stretches the market's own intervals between two calls; 0 does not keep them")
     listing_lag: float = _setting(60.0, "seconds the market's listing may lag behind a create or a destroy")
-    gpu: str = _setting("RTX 4090", "the exact name of the card, one of them")
+    gpu: str = _setting("RTX 4090", "the exact name of the card at the market, such as RTX 3090; a box has one")
     gpu_ram_mb: int = _setting(23_000, "least video memory")
     ram_mb: int = _setting(32_000, "least main memory of the machine")
     reliability: float = _setting(0.98, "least reliability as the market scores it")
@@ -172,6 +187,26 @@ class Settings:
     )
     engine_requirements: str = _setting("xllamacpp==2026.10.11549", "what llamacpp is installed from")
     port: int = _setting(8001, "the local port Claude Code talks to; the next free one when taken")
+    cache_enabled: bool = _setting(True, "keep answers, and give them again to the same request")
+    cache_ttl: float = _setting(24.0, "hours an answer is kept")
+    cache_ttl_by_class: str = _setting("", "the same for a class of requests, such as auxiliary=168,main=12")
+    cache_untempered: bool = _setting(True, "cache requests that do not name a temperature, as all of Claude Code's")
+    cache_tempered: bool = _setting(False, "cache those with a temperature above 0 too")
+    cache_size: float = _setting(256.0, "MB of answers on this machine; what was not used for longest goes first")
+    cache_store: str = _setting("local", "where answers are kept: local, a file of this profile; or redis")
+    cache_scope: str = _setting("", "whose answers these are; default: this installation's. The same name for a team")
+    cache_key: str = _setting(
+        "", "what answers are sealed with, 64 hexadecimal digits; default: made at first use", secret=True
+    )
+    redis_url: str = _setting(
+        "",
+        "redis://, rediss:// or unix://; default: REDIS_URL, or REDIS_HOST, REDIS_PORT and REDIS_PASSWORD",
+        secret=True,
+    )
+    redis_ca: str = _setting("", "file of the certificates that Redis' one is checked against; default: the system's")
+    redis_tls: str = _setting("", "on or off; default: on for every Redis that is not on this machine")
+    redis_cluster: bool = _setting(False, "it is a cluster")
+    redis_timeout: float = _setting(50.0, "milliseconds a request waits for Redis at most")
     list_price_in: float = _setting(2.0, f"$ per million tokens in that `selfhost cost` compares with; {LIST_PRICE}")
     list_price_cached: float = _setting(0.2, "the same per million tokens that were reused (cache reads)")
     list_price_out: float = _setting(10.0, "the same per million tokens out")
@@ -221,11 +256,14 @@ FLAGS = (
 """The settings that `selfhost up` takes as options."""
 POSITIVE = (
     *("hours", "max_spend", "max_price", "idle", "lease", "poll", "port", "context", "disk", "attempts"),
+    *("cache_ttl", "cache_size", "redis_timeout"),
     *(f"{stage}_timeout" for stage in STAGES),
 )
 """Zero would end a box at once, or never."""
+ONE_OF = {"cache_store": ("local", "redis"), "redis_tls": ("", "on", "off")}
+NAMED = ("model", "engine", "image", "gpu")
 URLS = ("market_url", "registry", "ollama_url", "model_url")
-OTHER_VARIABLES = ("home", "profile", "lease_s", "idle_s", "ollama_sha256", "ollama_bytes", "name")
+OTHER_VARIABLES = ("home", "profile", "cache", "lease_s", "idle_s", "ollama_sha256", "ollama_bytes", "name")
 """SELFHOST_* that are no settings, as far as their names are near one: ours, and those of the parts on a box."""
 HIDDEN = "(hidden)"
 
@@ -291,23 +329,7 @@ def neighbours(where: Paths) -> list[tuple[str, Paths]]:
 def installation_id(where: Paths) -> str:
     """This installation's random id, made at first use; it is in every label."""
     path = where.config / "installation"
-    if not installed(where):
-        import secrets
-        import tempfile
-
-        # Written aside and linked: whoever sees the file sees all of it, and of two writers the first one wins.
-        handle, draft = tempfile.mkstemp(dir=where.config, prefix=".installation-")
-        with os.fdopen(handle, "w") as file:
-            file.write(secrets.token_hex(5))
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(draft, path)
-        except FileExistsError:
-            pass
-        finally:
-            os.unlink(draft)
-    identity = path.read_text(errors="replace").strip()
+    identity = made_once(path, _new_id)
     if len(identity) != 10 or not (identity.isascii() and identity.isalnum()):
         raise UsageError(
             f"{path} does not hold an installation id",
@@ -316,19 +338,46 @@ def installation_id(where: Paths) -> str:
     return identity
 
 
+def _new_id() -> str:
+    import secrets
+
+    return secrets.token_hex(5)
+
+
+def made_once(path: Path, make: Callable[[], str]) -> str:
+    """The file's text, made if there is none, readable by its owner only."""
+    if not path.exists():
+        import tempfile
+
+        # Written aside and linked: whoever sees the file sees all of it, and of two writers the first one wins.
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with os.fdopen(handle, "w") as file:
+            file.write(make())
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        finally:
+            os.unlink(draft)
+    return path.read_text(errors="replace").strip()
+
+
 def known(name: str) -> str:
-    """The name of a setting as it is. Raises UsageError with the nearest one."""
-    if name not in NAMES:
-        near = _nearest(name)
+    """The name of a setting; `cache.ttl` is `cache_ttl`. Raises UsageError with the nearest one."""
+    plain = name.replace(".", "_")
+    if plain not in NAMES:
+        near = _nearest(plain)
         raise UsageError(
             f"unknown setting {name!r}", f"Did you mean `{near}`?" if near else "`selfhost config show` lists them."
         )
-    return name
+    return plain
 
 
 def public(name: str, value: object) -> object:
     """What may be shown of a value: nothing of a secret, no name and password in a URL."""
-    if next(f.metadata["secret"] for f in fields(Settings) if f.name == name):
+    if _secret(name):
         return HIDDEN if value else ""
     if not isinstance(value, str) or "@" not in value:
         return value
@@ -337,13 +386,33 @@ def public(name: str, value: object) -> object:
     return re.sub(r"(?<=://)\S+(?=@)", HIDDEN, value)
 
 
+def _secret(name: str) -> bool:
+    return next(bool(f.metadata["secret"]) for f in fields(Settings) if f.name == name)
+
+
 def write(where: Paths, name: str, text: str) -> object:
     """Set one key of config.toml; all else in it stays as it is. Returns what was set, as the setting's type.
 
     The file appears whole, readable by its owner only; a link is followed. Raises UsageError, before anything is
     written, for what no setting is, what it cannot be, and a file that is no TOML.
     """
-    value = _cast(known(name), text, Source.FILE)
+    name = known(name)
+    value = _cast(name, text, Source.FILE)
+    _edit(where, name, value)
+    return value
+
+
+def unset(where: Paths, name: str) -> bool:
+    """Take one key out of config.toml, as `write` puts one in; whether it was there. Raises UsageError like that."""
+    name = known(name)
+    if name not in _read_file(where.config_file):
+        return False
+    _edit(where, name, None)
+    return True
+
+
+def _edit(where: Paths, name: str, value: Any) -> None:
+    """With None the key is taken out: no value of TOML is that."""
     import tempfile
     import tomllib
 
@@ -353,13 +422,17 @@ def write(where: Paths, name: str, text: str) -> object:
     path = where.config_file.resolve()
     try:
         document = tomlkit.parse(path.read_bytes().decode() if path.exists() else "")
-        document[name] = int(value) if isinstance(value, float) and value.is_integer() else value
+        table, key = _place(document, name)
+        if value is None:
+            table.remove(key)
+        else:
+            table[key] = int(value) if isinstance(value, float) and value.is_integer() else value
         edited = tomlkit.dumps(document)
-        held = tomllib.loads(edited)
+        held = _flat(tomllib.loads(edited))
     except (OSError, ValueError, TOMLKitError) as error:
         raise UsageError(f"{path}: {error}", "Mend the file; nothing was written.") from error
     if held.get(name) != value:
-        raise UsageError(f"{path}: {name!r} cannot be set in it", "Write it by hand; nothing was written.")
+        raise UsageError(f"{path}: {name!r} cannot be changed in it", "Do that by hand; nothing was written.")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".config-")  # 0600 from its first byte
     try:
@@ -371,7 +444,14 @@ def write(where: Paths, name: str, text: str) -> object:
     except BaseException:
         os.unlink(draft)
         raise
-    return value
+
+
+def _place(document: Any, name: str) -> tuple[Any, str]:
+    """Where a setting stands, or is to stand: in a table, if there is one for it, else by its whole name."""
+    for table in (key for key, value in document.items() if isinstance(value, dict)):
+        if name.startswith(f"{table}_") and name not in document:
+            return document[table], name.removeprefix(f"{table}_")
+    return document, name
 
 
 def _nearest(name: str, cutoff: float = 0.6) -> str:
@@ -385,11 +465,22 @@ def _read_file(path: Path) -> dict[str, object]:
         text = path.read_text(encoding="utf-8")
         import tomllib
 
-        return tomllib.loads(text)
+        return _flat(tomllib.loads(text))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {error}", "Mend the file; nothing was done.") from error
+
+
+def _flat(held: Mapping[str, Any]) -> dict[str, object]:
+    """A table's keys by the names of settings: `untempered` in [cache] is `cache_untempered`. Raises ValueError."""
+    flat: dict[str, object] = {}
+    for name, value in held.items():
+        inner = {f"{name}_{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+        if twice := flat.keys() & inner.keys():
+            raise ValueError(f"{', '.join(sorted(twice))} is set twice")
+        flat |= inner
+    return flat
 
 
 def _read_env(env: Mapping[str, str]) -> dict[str, object]:
@@ -418,8 +509,10 @@ def _cast(name: str, value: object, source: Source) -> object:
     try:
         return _convert(name, kind, value)
     except (TypeError, ValueError) as error:
-        shown = HIDDEN if name == "api_key" else repr(public(name, value))
-        raise UsageError(f"{name} = {shown} ({source.name.lower()}): {error}") from error
+        shown = HIDDEN if _secret(name) else repr(public(name, value))
+        variable = f"SELFHOST_{name.upper()}{' or VAST_API_KEY' if name == 'api_key' else ''}"
+        remedy = f"Mend or unset {variable}." if source is Source.ENV else ""
+        raise UsageError(f"{name} = {shown} ({source.name.lower()}): {error}", remedy) from error
 
 
 def _convert(name: str, kind: str, value: object) -> object:
@@ -452,9 +545,21 @@ def _text(name: str, value: str) -> str:
     value = value.strip()
     if name == "api_key" and not (value.isascii() and value.isprintable()):
         raise ValueError("expected printable ASCII characters")
+    if name in NAMED and not value:
+        raise ValueError("expected a name")
     if name == "model":
         # The parts of a name that are Ollama's defaults: it lists the model without them.
         return value.removeprefix("registry.ollama.ai/").removeprefix("library/")
+    if name in ONE_OF and value not in ONE_OF[name]:
+        raise ValueError(f"expected {' or '.join(one or 'nothing' for one in ONE_OF[name])}")
+    if name == "cache_key" and value and not (len(value) == 64 and set(value) <= set("0123456789abcdef")):
+        raise ValueError("expected 64 hexadecimal digits, as `selfhost cache key` prints them")
+    if name == "cache_scope" and not (
+        len(value) <= 64 and all(c.isascii() and (c.isalnum() or c in "._-") for c in value)
+    ):
+        raise ValueError("expected at most 64 letters, digits, dots, - and _")
+    if name == "cache_ttl_by_class":
+        lifetimes(value)
     if name in URLS and value != DEFAULTS[name]:
         from urllib.parse import urlsplit
 
@@ -464,6 +569,20 @@ def _text(name: str, value: str) -> str:
         if name == "registry" and url.scheme == "http" and url.hostname not in LOOPBACK:
             raise ValueError("expected https, or http on loopback")
     return value
+
+
+def lifetimes(text: str) -> dict[str, float]:
+    """Hours by class of request, from such as "auxiliary=168,main=12". Raises ValueError."""
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, hours = part.partition("=")
+        try:
+            found[name.strip()] = float(hours)
+        except ValueError:
+            raise ValueError("expected such as auxiliary=168,main=12, in hours") from None
+        if not 0 < found[name.strip()] < float("inf"):
+            raise ValueError(f"expected more than zero hours for {name.strip()}")
+    return found
 
 
 def _boolean(value: object) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from selfhost_cli.countdown import countdowns, projected
 from selfhost_cli.ledger import Usage
-from selfhost_cli.model import Charges, Heard, Rental, State
+from selfhost_cli.model import Charges, Heard, Rental, Saved, State
 
 NOTED_EVERY_S = 60.0
 SLACK_S = 60.0
@@ -42,6 +42,10 @@ class Invoice:
     most: float
     estimate: float | None
     """What we had estimated before the market's figures came, in dollars."""
+    saved: Saved | None = None
+    """What was answered from the cache, and never came to the box."""
+    saved_dollars: float = 0.0
+    """What the seconds of the GPU would have cost that this had once taken, waiting included."""
 
     @property
     def total(self) -> float:
@@ -58,7 +62,7 @@ class Invoice:
         return self.estimated and self.most - self.least > max(CENTS, NOISE * self.total)
 
 
-def invoice(rental: Rental, usage: Usage, *, now: float) -> Invoice:
+def invoice(rental: Rental, usage: Usage, *, now: float, saved: Saved | None = None) -> Invoice:
     """The bill until `now` or the rental's end: the market's figures when the ledger has them, else an estimate."""
     end, over, seen = ended(rental, now), rental.ended_at or now, _seen(rental)
     charges = rental.charges or _counted(rental, end)
@@ -79,6 +83,8 @@ def invoice(rental: Rental, usage: Usage, *, now: float) -> Invoice:
         least=_sum(rental.charges or least),
         most=_sum(rental.charges or most),
         estimate=rental.estimated,
+        saved=saved,
+        saved_dollars=saved.gpu_seconds / 3600 * rental.dph_base if saved else 0.0,
     )
 
 

@@ -34,6 +34,8 @@ class Need:
     hours: float = 8.0
     region: str = ""
     max_price: float | None = None
+    strict: bool = True
+    """The market leaves out what is outside the limits; else it names whatever there is of that card, one of them."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,24 @@ class Charges:
     up: float
     until: float | None = None
     """The end of what they cover; None when the market does not say."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the cache answered while a box was there: requests, their tokens, and the seconds these had once taken."""
+
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    gpu_seconds: float
+
+    def __add__(self, other: Saved) -> Saved:
+        return Saved(
+            self.requests + other.requests,
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            self.gpu_seconds + other.gpu_seconds,
+        )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ class Now(StrEnum):
     """What one of them means today."""
 
     USED = "used"
+    AT_CHOICE = "used at choice"
     IGNORED = "ignored"
     NOT_YET = "not used yet"
     CONFLICT = "conflict"
@@ -32,13 +33,13 @@ class Variable:
     instead: str
 
 
-_CACHE = "the cache of answers comes with a later version"
+_CACHE = "where the cache of answers is, once `cache_store` is redis; `redis_url` beats it"
 TABLE = (
-    Variable("REDIS_HOST", "where Redis was", Now.NOT_YET, _CACHE),
-    Variable("REDIS_PORT", "its port", Now.NOT_YET, _CACHE),
-    Variable("REDIS_PASSWORD", "its password", Now.NOT_YET, _CACHE),
-    Variable("REDIS_URL", "host, port and password of Redis in one", Now.NOT_YET, _CACHE),
-    Variable("CACHE_TTL", "seconds until an answer in the cache was too old", Now.NOT_YET, _CACHE),
+    Variable("REDIS_HOST", "where Redis was", Now.AT_CHOICE, _CACHE),
+    Variable("REDIS_PORT", "its port", Now.AT_CHOICE, _CACHE),
+    Variable("REDIS_PASSWORD", "its password", Now.AT_CHOICE, _CACHE),
+    Variable("REDIS_URL", "host, port and password of Redis in one", Now.AT_CHOICE, _CACHE),
+    Variable("CACHE_TTL", "seconds until an answer in the cache was too old", Now.IGNORED, "set `cache_ttl`, in hours"),
     Variable("MODEL_NAME", "the model to serve", Now.IGNORED, "set `model`, or pass `selfhost up --model`"),
     Variable(
         "ANTHROPIC_MODEL",
@@ -104,7 +105,7 @@ def found(env: Mapping[str, str], state: Path, folder: Path = HERE) -> tuple[Fou
 
 def remark(env: Mapping[str, str], state: Path, folder: Path = HERE) -> str:
     """What to say of those that do nothing, "" for nothing. Each is told once; the directory `state` remembers it."""
-    news = [one for one in found(env, state, folder) if one.variable.now is not Now.USED]
+    news = [one for one in found(env, state, folder) if one.variable.now not in (Now.USED, Now.AT_CHOICE)]
     told = _told(state) if news else []
     names = [one.variable.name for one in news if one.variable.name not in told]
     if not names:

@@ -7,14 +7,14 @@ from typing import Any
 
 import httpx
 
-from selfhost_cli import attach, countdown
+from selfhost_cli import attach, caching, countdown
 from selfhost_cli.attach import Front
 from selfhost_cli.config import Settings
 from selfhost_cli.countdown import Countdown
 from selfhost_cli.errors import SelfhostError
 from selfhost_cli.invoice import Invoice, invoice
 from selfhost_cli.ledger import Ledger
-from selfhost_cli.model import Rental, State
+from selfhost_cli.model import Rental, Saved, State
 
 LOOK_S = 5.0
 
@@ -39,13 +39,14 @@ class Status:
 def look(settings: Settings, ledger: Ledger, *, now: float) -> list[Status]:
     """Every rental that may cost money. Asks the keeper when it runs, never the market, and starts nothing."""
     front = attach.find(settings.paths)
-    return [_status(rental, front, ledger, now) for rental in ledger.live()]
+    saved = caching.saved(settings) if (live := ledger.live()) else {}
+    return [_status(rental, front, ledger, saved.get(rental.label), now) for rental in live]
 
 
-def _status(rental: Rental, front: Front | None, ledger: Ledger, now: float) -> Status:
+def _status(rental: Rental, front: Front | None, ledger: Ledger, saved: Saved | None, now: float) -> Status:
     tunnel, reason = _tunnel(rental, front)
     box = _ask_box(front) if front and tunnel in ("up", "degraded") else {}
-    so_far = invoice(rental, ledger.usage(rental.label), now=now)
+    so_far = invoice(rental, ledger.usage(rental.label), now=now, saved=saved)
     watch = box.get("watchdog")
     measured = countdown.read(watch) if isinstance(watch, dict) else None
     if rental.heard and not measured:  # it cannot be asked; what the keeper heard last still counts

@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 configuration = typer.Typer(no_args_is_help=True)
 app.add_typer(configuration, name="config", help="Show and set what commands go by.")
+answers = typer.Typer(no_args_is_help=True)
+app.add_typer(answers, name="cache", help="The cache of answers: what it holds, what it saved, and forgetting it.")
 
 
 def _setting(name: str, *declarations: str) -> Any:
@@ -51,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
     profile, rest = _take_profile(list(argv))
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal need not know every character, and a box may send any
         sys.stdout.reconfigure(errors="backslashreplace")
-    completions.prepare()
+    completions.prepare(app)
     try:
         app(args=rest, prog_name="selfhost", obj=profile)
     except SystemExit as end:
@@ -312,7 +314,7 @@ def ssh(
 
 @app.command()
 def env(ctx: typer.Context, json: Json = False) -> None:
-    """The environment that `selfhost claude` sets, as shell lines: for other clients of the same box."""
+    """What `selfhost claude` sets, as shell lines: `eval "$(selfhost env)"` makes other clients use the same box."""
     from selfhost_cli.cli import launch, render
 
     values = launch.environment(_settings(ctx))
@@ -321,8 +323,66 @@ def env(ctx: typer.Context, json: Json = False) -> None:
         return
     import shlex
 
+    from selfhost_cli import claude as code
+
+    for name in code.in_the_way(os.environ):
+        if name not in values:
+            print(f"unset {name}")
     for name, value in sorted(values.items()):
         print(f"export {name}={shlex.quote(value)}")
+
+
+@app.command()
+def ask(
+    ctx: typer.Context,
+    question: Annotated[list[str] | None, typer.Argument(help="Default: stdin.", show_default=False)] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Where the answer is cut.")] = 4096,
+    json: Json = False,
+) -> None:
+    """Ask the box's model one plain question, without tools and without Claude Code."""
+    from selfhost_cli.cli import ask as command
+
+    command.run(_settings(ctx), question or [], max_tokens=max_tokens, as_json=json)
+
+
+@answers.command("stats")
+def cache_stats(ctx: typer.Context, json: Json = False) -> None:
+    """Hits, what they saved, and what is kept."""
+    from selfhost_cli.cli import cache as command
+
+    command.stats(_settings(ctx), json=json)
+
+
+@answers.command("flush")
+def cache_flush(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Option(help="Only what this model answered.", show_default=False)] = "",
+    json: Json = False,
+) -> None:
+    """Forget the answers of this scope."""
+    from selfhost_cli.cli import cache as command
+
+    command.flush(_settings(ctx), model, json=json)
+
+
+@answers.command("show")
+def cache_show(
+    ctx: typer.Context,
+    hash: Annotated[str, typer.Argument(help="The beginning of an answer's hash.", show_default=False)] = "",
+    json: Json = False,
+) -> None:
+    """The newest answers, or one of them whole."""
+    from selfhost_cli.cli import cache as command
+
+    command.show(_settings(ctx), hash, json=json)
+
+
+@answers.command("key")
+def cache_key(ctx: typer.Context) -> None:
+    """Print the scope and the secret key: what another laptop needs to share a Redis with this one."""
+    from selfhost_cli.cli import cache as command
+
+    command.share(_settings(ctx))
 
 
 @configuration.command("show")
@@ -351,6 +411,14 @@ def config_set(
     from selfhost_cli.cli import configure
 
     configure.put(ctx.obj, name, value)
+
+
+@configuration.command("unset")
+def config_unset(ctx: typer.Context, name: Name) -> None:
+    """Take one setting out of config.toml, which keeps all else that it holds."""
+    from selfhost_cli.cli import configure
+
+    configure.take_out(ctx.obj, name)
 
 
 @configuration.command("path")

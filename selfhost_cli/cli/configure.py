@@ -47,7 +47,7 @@ def show(settings: Settings, *, json: bool) -> None:
 
 def get(settings: Settings, name: str, *, json: bool) -> None:
     """Print one value, as scripts want it. Raises UsageError for an unknown name and for a secret."""
-    config.known(name)
+    name = config.known(name)
     value = next(one for one in _look(settings).settings if one.name == name)
     if json:
         render.as_json(value)
@@ -63,13 +63,23 @@ def get(settings: Settings, name: str, *, json: bool) -> None:
 def put(profile: str, name: str, text: str | None) -> None:
     """Write one into config.toml; without a text it is read from stdin, unseen. Raises UsageError."""
     where = config.paths(profile, os.environ)
-    config.known(name)
+    name = config.known(name)
     config.write(where, name, text if text is not None else _asked(name))
     shown = config.public(name, text) if text is not None else config.HIDDEN
     words.say(f"selfhost: {name} = {shown} in {where.config_file}")
     variable = f"SELFHOST_{name.upper()}"
     if os.environ.get(variable):
         words.say(f"selfhost: {variable} is set in the environment, which beats the file")
+
+
+def take_out(profile: str, name: str) -> None:
+    """The opposite of `put`: from then on the default holds, or what beats the file. Raises UsageError."""
+    where, name = config.paths(profile, os.environ), config.known(name)
+    was_there = config.unset(where, name)
+    words.say(f"selfhost: {name} is {'no more' if was_there else 'not'} in {where.config_file}")
+    variable = f"SELFHOST_{name.upper()}"
+    if os.environ.get(variable):
+        words.say(f"selfhost: {variable} is set in the environment, and holds")
 
 
 def _look(settings: Settings) -> Shown:
@@ -128,12 +138,13 @@ def _is_set(one: Setting) -> str:
 
 
 def _asked(name: str) -> str:
-    """The first line of stdin; a person is asked for it and does not see it."""
-    if not sys.stdin.isatty():
-        return sys.stdin.readline().rstrip("\r\n")
+    """The first line of stdin; a person is asked for it and does not see it. Raises UsageError for an empty one."""
     import getpass
 
     try:
-        return getpass.getpass(f"{name}: ")
+        text = getpass.getpass(f"{name}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
     except EOFError:
-        raise UsageError("nothing was entered", "Nothing was written.") from None
+        text = ""
+    if not text.strip():  # an end of the input, or Enter, is no wish to lose what is stored
+        raise UsageError("nothing was entered", f"Nothing was written. `selfhost config unset {name}` takes it out.")
+    return text

@@ -34,7 +34,7 @@ def claude(profile: str, args: Sequence[str]) -> NoReturn:
     from selfhost_cli import claude as code
 
     settings = config.load(profile)
-    ledger = _ledger(settings)
+    ledger = open_ledger(settings)
     rental = ready(ledger)
     try:
         binary = code.find(settings.claude, os.environ)
@@ -71,7 +71,7 @@ def environment(settings: Settings) -> dict[str, str]:
     from selfhost_cli import attach
     from selfhost_cli import claude as code
 
-    ledger = _ledger(settings)
+    ledger = open_ledger(settings)
     rental = ready(ledger)
     ledger.close()
     try:
@@ -106,6 +106,7 @@ def wait_for_tunnel(
     *,
     seconds: float = TUNNEL_WAIT_S,
     clock: Clock | None = None,
+    then: str = "starting claude all the same, it tries again by itself",
 ) -> None:
     """Return when the keeper says that the tunnel is up, or after `seconds`: the front answers then as well.
 
@@ -130,7 +131,7 @@ def wait_for_tunnel(
     try:
         wait.until(probe, what="the tunnel", seconds=seconds, every=0.25, clock=clock or wait.SYSTEM)
     except wait.TimedOut as error:
-        say(f"selfhost: {error.message}; starting claude all the same, it tries again by itself")
+        say(f"selfhost: {error.message}; {then}")
 
 
 def _ends_soon(rental: Rental) -> str:
@@ -142,7 +143,7 @@ def _ends_soon(rental: Rental) -> str:
     return countdown.warning(rental, countdown.countdowns(rental, None, now=time.time()), within=TOLD_S)
 
 
-def _ledger(settings: Settings) -> Ledger:
+def open_ledger(settings: Settings) -> Ledger:
     """The profile's ledger; where there is none, none is made. Raises NotSetUp."""
     from selfhost_cli.ledger import Ledger
 

@@ -131,6 +131,7 @@ def _invoice(bill: Invoice) -> None:
             f"{used.input_tokens} in ({used.cached_tokens} reused), {used.output_tokens} out, {used.requests} requests",
         ),
         ("per million tokens", money(bill.per_million_tokens)),
+        *([("from the cache", _saved(bill))] if bill.saved else []),
     ):
         table.add_row(name, text)
     out.print(table)
@@ -167,6 +168,7 @@ def status_rows(value: state.Status) -> Sequence[tuple[str, str]]:
         ("tunnel", escape(f"{value.tunnel} {value.reason}".strip() + (f", {value.url}" if value.url else ""))),
         ("proxy", escape(str(value.box.get("status") or "not asked"))),
         ("tokens", f"{usage.input_tokens} in, {usage.output_tokens} out, {usage.requests} requests{_repaired(value)}"),
+        *([("from the cache", _saved(value.so_far))] if value.so_far.saved else []),
         ("so far", _so_far(value.so_far)),
         ("ends by itself", limits(rental.caps) if rental.guarded else UNGUARDED),
         ("as it stands", ", ".join(_countdown(one) for one in value.ends)),
@@ -185,6 +187,13 @@ def _status(value: state.Status) -> Iterator[str]:
         yield f"[bold]{name:<14}[/]  {text}"
     for text in status_warnings(value):
         yield f"[yellow]![/] {text}"
+
+
+def _saved(bill: Invoice) -> str:
+    assert bill.saved
+    saved = bill.saved
+    spared = f"{saved.gpu_seconds:.0f} s of the GPU ({money(bill.saved_dollars)}) saved"
+    return f"{saved.requests} requests, {saved.input_tokens} tokens in, {saved.output_tokens} out; {spared}"
 
 
 def _so_far(bill: Invoice) -> str:

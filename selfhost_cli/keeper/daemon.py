@@ -22,6 +22,7 @@ from selfhost_cli.errors import SelfhostError, plain
 from selfhost_cli.keeper import wiring
 from selfhost_cli.keeper.deadlines import LAST_TRIES_S, Deadlines, Watch, Work, outlived
 from selfhost_cli.keeper.links import Line, Link, LinkState
+from selfhost_cli.keeper.log import Log
 from selfhost_cli.keeper.notice import Notice
 from selfhost_cli.ledger import Ledger, Usage
 from selfhost_cli.lock import ProcessLock
@@ -40,7 +41,7 @@ log = logging.getLogger("selfhost.keeper")
 
 def run(profile: str) -> None:
     """Run the keeper of a profile until nothing needs it. Returns at once when there is one already."""
-    handler = logging.StreamHandler()
+    handler = Log()
     handler.setFormatter(Plain("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # its own account of what links already tell
@@ -50,6 +51,7 @@ def run(profile: str) -> None:
         if not lock.acquire():
             return
         with lock:
+            handler.bound(settings.paths.keeper_log)
             asyncio.run(_Keeper(settings).live())
     except SelfhostError as error:
         log.error("%s %s", error.message, error.remedy)
@@ -240,7 +242,15 @@ class _Keeper:
             status=self._status,
             on_usage=self._on_usage,
             control={"state": self._control_state, "watch": self._control_watch},
+            cache=wiring.cache(self._settings, self._serving),
         )
+
+    def _serving(self) -> str:
+        """The label of the box that answers, or did until it was lost."""
+        target = self._upstream()
+        if isinstance(target, front.Upstream):
+            return target.rental
+        return self._rentals[-1].label if self._rentals else ""
 
     def _upstream(self) -> front.Upstream | front.Away:
         for rental in self._rentals:

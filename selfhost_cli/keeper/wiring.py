@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+from collections.abc import Callable
 
-from selfhost_cli import lifecycle
+from selfhost_cli import caching, lifecycle
 from selfhost_cli.config import Settings
-from selfhost_cli.errors import NotSetUp
+from selfhost_cli.errors import NotSetUp, SelfhostError
 from selfhost_cli.keeper.links import Line
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.model import Endpoint, Rental
 from selfhost_cli.providers import Provider
+from selfhost_cli.proxy.cache.cache import Cache
 from selfhost_cli.remote import ssh, tunnel
+
+log = logging.getLogger("selfhost.keeper")
 
 
 def open_line(settings: Settings, rental: Rental, endpoint: Endpoint, sock: socket.socket) -> Line:
@@ -31,6 +36,15 @@ def provider(settings: Settings) -> Provider:
         raise NotSetUp("the account key is gone", "Set SELFHOST_API_KEY and run `selfhost down`.")
     pacer = Pacer(settings.paths.turns, settings.market_url, settings.pace)
     return VastProvider(key, settings.market_url, pacer=pacer)
+
+
+def cache(settings: Settings, rental: Callable[[], str]) -> Cache | None:
+    """The cache of answers; without it when it cannot be set up: whoever pays for a box shall be able to use it."""
+    try:
+        return caching.cache(settings, os.environ, rental)
+    except SelfhostError as error:
+        log.error("no answers are cached: %s %s", error.message, error.remedy)
+        return None
 
 
 def books(settings: Settings, ledger: Ledger, report: lifecycle.Report) -> lifecycle.Books:

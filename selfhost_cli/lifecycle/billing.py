@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from selfhost_cli import caching
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import MarketError, Superseded
 from selfhost_cli.invoice import Invoice, covers, invoice
@@ -28,7 +29,8 @@ def bill(books: Books, rental: Rental) -> Invoice:
         rental = _ask(books, [rental, *(one for one in others if one.label != rental.label)])[0]
     except (LedgerBroken, MarketError) as error:
         books.report(Event("down", "note", f"the invoice is an estimate: {error.message}"))
-    return invoice(rental, usage, now=books.clock.time())
+    saved = caching.saved(books.settings).get(rental.label)
+    return invoice(rental, usage, now=books.clock.time(), saved=saved)
 
 
 def unsettled(settings: Settings, ledger: Ledger, *, now: float, within: float = ASKED_FOR_S) -> list[Rental]:

@@ -64,6 +64,34 @@ def test_setting_one_keeps_comments_and_all_other_lines(path: Path, run: Run) ->
     assert config.load("default").model == "qwen3:8b"
 
 
+def test_taking_one_out_keeps_comments_and_all_other_lines_and_the_default_holds(path: Path, run: Run) -> None:
+    assert run("unset", "hours") == ("", f"selfhost: hours is not in {path}\n")
+    assert not path.exists(), "nothing to take out, nothing to write"
+    write(path)
+    assert run("unset", "region") == ("", f"selfhost: region is no more in {path}\n")
+    assert path.read_text() == FILE.replace("region = 'US'  # near\n", "")
+    assert config.load("default").region == ""
+    run("unset", "api_key")
+    assert path.read_text() == "# ours\nhours = 8   # a working day\n\n"
+
+
+def test_taking_one_out_that_the_environment_sets_says_so(
+    path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path)
+    monkeypatch.setenv("SELFHOST_HOURS", "3")
+    assert "SELFHOST_HOURS is set in the environment" in run("unset", "hours")[1]
+
+
+def test_what_no_setting_is_or_what_is_no_toml_cannot_be_taken_out(path: Path, run: Run) -> None:
+    with pytest.raises(UsageError, match="unknown setting 'hour'"):
+        run("unset", "hour")
+    write(path, "hours = [")
+    with pytest.raises(UsageError, match=r"config\.toml"):
+        run("unset", "hours")
+    assert path.read_text() == "hours = ["
+
+
 @pytest.mark.parametrize("text", ["hours = 1", "# a comment without an end", "hours = 1\r\nregion = 'US'\r\n", ""])
 def test_whatever_the_file_looked_like_the_new_key_is_read_back(path: Path, run: Run, text: str) -> None:
     path.parent.mkdir(parents=True)
@@ -153,6 +181,34 @@ def test_a_secret_can_be_piped_in_and_is_never_told(
         run("get", "api_key")
 
 
+@pytest.mark.parametrize("entered", ["", "\n", "  \n"])
+def test_a_secret_that_was_not_entered_leaves_the_stored_one(
+    path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, entered: str
+) -> None:
+    write(path, 'api_key = "stored"\n')
+    monkeypatch.setattr("sys.stdin", io.StringIO(entered))
+    with pytest.raises(UsageError, match="nothing was entered") as caught:
+        run("set", "api_key")
+    assert "`selfhost config unset api_key`" in caught.value.remedy
+    assert path.read_text() == 'api_key = "stored"\n'
+
+
+def test_enter_at_the_prompt_leaves_the_stored_one(path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(path, 'api_key = "stored"\n')
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("getpass.getpass", lambda prompt: "")
+    with pytest.raises(UsageError, match="nothing was entered"):
+        run("set", "api_key")
+    assert path.read_text() == 'api_key = "stored"\n'
+
+
+@pytest.mark.parametrize("name", ["model", "gpu", "image", "engine"])
+def test_what_has_to_be_named_is_not_set_to_nothing(path: Path, run: Run, name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} = .*expected a name"):
+        run("set", name, " ")
+    assert not path.exists()
+
+
 def test_each_setting_is_shown_with_value_source_and_help(
     path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,13 +247,13 @@ def test_get_prints_what_holds_and_set_says_what_beats_it(
 def test_the_page_can_be_typed_line_by_line(path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
     lines = [shlex.split(line, comments=True) for line in block.splitlines()]
-    assert {words[2] for words in lines} == {"show", "get", "set", "path"}
+    assert {words[2] for words in lines} == {"show", "get", "set", "unset", "path"}
     monkeypatch.setattr("sys.stdin", io.StringIO("the-key-of-the-account\n"))
     for words in lines:
         assert words[:2] == ["selfhost", "config"]
         run(*words[2:])
     settings = config.load("default")
-    assert (settings.max_price, settings.api_key) == (0.5, "the-key-of-the-account")
+    assert (settings.max_price, settings.api_key) == (None, "the-key-of-the-account"), "set, and taken out again"
 
 
 def test_path_tells_where_the_file_is_however_broken(path: Path, run: Run) -> None:
@@ -212,7 +268,7 @@ def test_the_old_systems_variables_are_listed_where_they_are_set(
     (tmp_path / ".env").write_text("CACHE_TTL=60\n")
     monkeypatch.setenv("REDIS_PASSWORD", "pw-of-mine")
     text, _ = run("show")
-    assert "REDIS_PASSWORD (environment): not used yet" in text
+    assert "REDIS_PASSWORD (environment): used at choice" in text
     assert ".env (working directory): ignored" in text
     assert "pw-of-mine" not in text
     found = json.loads(run("show", "--json")[0])["old_variables"]

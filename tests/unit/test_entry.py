@@ -124,10 +124,10 @@ def test_a_variable_of_the_old_system_is_told_once_on_stderr(user: User) -> None
     user.rent(State.READY).close()
     with StubFront(TOKEN, state()) as front:
         user.keeper(front)
-        first, second = (user.selfhost("claude", MODEL_NAME="x", REDIS_URL="redis://:pw@host") for _ in range(2))
+        first, second = (user.selfhost("claude", MODEL_NAME="x", CEREBRAS_API_KEY="pw") for _ in range(2))
     assert (
         first.stderr
-        == "selfhost: REDIS_URL and MODEL_NAME are not used: `selfhost config show` tells what is, instead\n"
+        == "selfhost: MODEL_NAME and CEREBRAS_API_KEY are not used: `selfhost config show` tells what is, instead\n"
     )
     assert (first.returncode, second.returncode, second.stderr) == (42, 42, "")
 
@@ -169,6 +169,25 @@ def test_the_environment_for_other_clients_is_the_one_claude_gets(user: User, mo
     assert told["ANTHROPIC_AUTH_TOKEN"] == TOKEN
     assert told.items() <= seen.items()
     assert set(seen) - set(told) <= set(user.env) | {"LC_CTYPE"}
+
+
+def test_a_shell_that_evaluates_env_has_nothing_left_that_leads_elsewhere(user: User) -> None:
+    user.rent(State.READY).close()
+    mine = {"CLAUDE_CODE_USE_BEDROCK": "1", "ANTHROPIC_CUSTOM_HEADERS": "x: y", "ANTHROPIC_BASE_URL": "https://a.test"}
+    mine |= {"ANTHROPIC_$(echo bad >&2)": "1", "SELFHOST_API_KEY": "of-the-account", "EDITOR": "ed"}
+    with StubFront(TOKEN, state()) as front:
+        user.keeper(front)
+        told = user.selfhost("env", **mine).stdout
+    assert told.startswith("unset ANTHROPIC_CUSTOM_HEADERS\nunset CLAUDE_CODE_USE_BEDROCK\nexport ")
+    done = subprocess.run(
+        ["sh", "-c", f"{told}\nenv"], env={"PATH": os.environ["PATH"], **mine},
+        capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert f"ANTHROPIC_BASE_URL=http://127.0.0.1:{front.port}\n" in done.stdout
+    assert "BEDROCK" not in done.stdout
+    assert "CUSTOM_HEADERS" not in done.stdout
+    assert "SELFHOST_API_KEY=of-the-account\n" in done.stdout, "it is meant for us"
 
 
 def test_claude_may_have_a_home_of_its_own(user: User) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from selfhost_cli.invoice import covers, invoice, worth_noting
 from selfhost_cli.ledger import Usage
-from selfhost_cli.model import Caps, Charges, Heard, Rental, State
+from selfhost_cli.model import Caps, Charges, Heard, Rental, Saved, State
 from tests.fakes.rental import make_rental
 
 HOUR = 3600.0
@@ -163,3 +163,10 @@ def test_the_last_word_of_a_box_is_noted() -> None:
     assert worth_noting(rental, last, lost=True)
     assert worth_noting(replace(rental, state=State.ENDING), last)
     assert not worth_noting(replace(rental, heard=last), last, lost=True)
+
+
+def test_what_the_cache_saved_is_worth_the_gpus_price_and_no_part_of_the_bill() -> None:
+    rental = running(ended_at=START + HOUR)
+    bill = invoice(rental, Usage(), now=START + HOUR, saved=Saved(5, 900, 80, gpu_seconds=600))
+    assert bill.saved_dollars == pytest.approx(0.30 / 6)
+    assert bill.total == invoice(rental, Usage(), now=START + HOUR).total
