@@ -39,14 +39,14 @@ if [ ! -e run/hostkey ]; then
   echo "$HOST_KEY" >"$K.new" && mv "$K.new" "$K" && : >run/hostkey
   for i in 1 2 3 4 5 6 7 8 9; do
     # shellcheck disable=SC2046
-    kill -HUP $(cat "$R/run/sshd.pid" || [ "$R" ] || grep -ls '^sshd: .*\[listener' /proc/[0-9]?*/cmdline | cut -d/ -f3) && break
+    kill -HUP $(cat "$R/run/sshd.pid" || [ "$R" ] || grep -ls '^sshd: .*\[listener' /proc/[0-9]?*/cmdline | cut -d/ -f3) 2>&- && break
     sleep $i
   done &
 fi
 
 # The market also puts the key there, but with a wrong owner at times, or not at all.
 A=$HOME/.ssh/authorized_keys
-grep -qxF "$LOGIN_KEY" "$A" || printf '\n%s\n' "$LOGIN_KEY" >>"$A"
+grep -qsxF "$LOGIN_KEY" "$A" || printf '\n%s\n' "$LOGIN_KEY" >>"$A"
 chmod 700 "$HOME/.ssh"
 chmod 600 "$A"
 chown 0:0 "$HOME/.ssh" "$A"

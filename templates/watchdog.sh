@@ -31,8 +31,8 @@ echo $$ >watchdog.pid
 [ -s started ] || date +%s >started
 t0=$(cat started)
 # Both outlive us. Once said, a verdict stands: a box that is being destroyed must not be taken up again.
-v=$(cat verdict)
-b=$(cat watch)
+v=$(cat verdict 2>&-)
+b=$(cat watch 2>&-)
 
 # api METHOD BODY: one call about this instance, prints the HTTP status (000: no answer, nothing: no curl).
 # The key goes through stdin, because arguments can be read in ps. No proxy: none may see the key or stop the end.

@@ -5,21 +5,42 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from selfhost_cli import config
 from selfhost_cli.errors import SelfhostError
+
+if TYPE_CHECKING:
+    from typer import Typer
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_SELFHOST_COMPLETE"
 """Set by these scripts when they ask; Typer answers before any command runs."""
 
 
-def prepare() -> None:
+def prepare(app: Typer) -> None:
     """Typer knows these shells only once it was told to; nothing is done when no shell asks."""
     if VARIABLE in os.environ:
         from typer.completion import completion_init  # type: ignore[attr-defined]
 
         completion_init()
+        _offer_profile(app)
+
+
+def _offer_profile(app: Typer) -> None:
+    """Behind every command, too, as `app.run` takes it there before Typer sees the line."""
+    from typer.core import TyperCommand
+
+    class Command(TyperCommand):
+        def get_params(self, ctx: Any) -> list[Any]:
+            root = ctx.find_root().command
+            return [*super().get_params(ctx), *(option for option in root.params if option.name == "profile")]
+
+    for command in app.registered_commands:
+        command.cls = Command
+    for group in app.registered_groups:
+        if group.typer_instance:
+            _offer_profile(group.typer_instance)
 
 
 def script(shell: str) -> str:

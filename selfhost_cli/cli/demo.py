@@ -12,6 +12,9 @@ KEPT = """
 The demo box is still up (simulated money; it ends by itself after 45 minutes without use). Try:
 
   selfhost --profile demo status
+  selfhost --profile demo offers      # what its market has, ranked by what it really costs
+  selfhost --profile demo logs        # what its parts write of themselves
+  selfhost --profile demo doctor      # the checks to run when something is wrong
   selfhost --profile demo claude      # a 32 k model on a CPU: slow, and it compacts early
   selfhost --profile demo down
 """

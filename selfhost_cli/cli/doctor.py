@@ -1,4 +1,4 @@
-"""`selfhost doctor`: look at laptop, rental and box, and print what can be put into an issue as it is."""
+"""`selfhost doctor`: look at laptop, rental and box, and print what can be put into an issue."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ MARKS = {
 NAME = 21
 """Columns for the name of a check."""
 INDENT = " " * 4
+HIDES = "Secrets, and what looks like one, are hidden. The lines of logs may quote from your work: read them first."
 WIDEST, NARROWEST = 100, 40
 
 
@@ -64,7 +65,7 @@ def show(report: Report) -> None:
                 _print(line)
     found = ", ".join(f"{report.count(verdict)} {verdict}" for verdict in Verdict if report.count(verdict))
     _print("")
-    for line in _wrap(f"{found}; {report.seconds:.1f} s. Secrets, and what looks like one, are hidden.", width):
+    for line in _wrap(f"{found}; {report.seconds:.1f} s. {HIDES}", width):
         _print(escape(line))
 
 

@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import ClassVar
 
 from rich.cells import cell_len, set_cell_size
-from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
 from selfhost_cli.cli import render, words
+from selfhost_cli.cli.screen import Redrawn
 from selfhost_cli.cli.timeline import LEAST_S, PLAN, QUESTION, WAY, Group, Span, Stage, Status, Timeline, Transfer
 from selfhost_cli.model import Event
 
@@ -204,7 +204,7 @@ def _glyph(times: Timeline, status: Status) -> tuple[str, str]:
     return GLYPHS.get(status) or (SPINNER[int(times.clock() * FRAMES) % len(SPINNER)], "green")
 
 
-class _Live(Live):
+class _Live(Redrawn):
     """Drawn by a thread of its own, at its own pace. Errors of writing end the drawing and nothing else."""
 
     def __init__(self, draw: Callable[[], Text], lost: Callable[[], None]) -> None:

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -16,9 +16,8 @@ from selfhost_cli.cli import wiring
 from selfhost_cli.config import Paths, Settings
 from selfhost_cli.errors import NotSetUp, SelfhostError
 from selfhost_cli.ledger import Ledger
-from selfhost_cli.lifecycle.extending import Reach
+from selfhost_cli.lifecycle.reaching import Reach, meet
 from selfhost_cli.model import Endpoint, Rental, State
-from selfhost_cli.remote import NotYet
 
 INSTALL = "Install OpenSSH's client, on Debian and Ubuntu `apt-get install openssh-client`."
 KNOWN_HOSTS = "known_hosts."
@@ -70,27 +69,9 @@ def _rental(ledger: Ledger) -> Rental:
 
 
 def _meet(rental: Rental, reach: Reach) -> Endpoint:
-    """The first address where the box lets us in and shows a pinned host key: the one that worked, direct, proxy."""
-    reasons: list[str] = []
-    try:
-        for endpoint in _endpoints(rental, reach):
-            try:
-                reach.connect(endpoint, rental.host_keys, reach.login_key).close()
-            except NotYet as error:
-                reasons.append(error.message)
-            else:
-                return endpoint
-    except SelfhostError as error:  # our login key, or the market
-        reasons.append(error.message)
-    raise SelfhostError(
-        f"it cannot be reached: {'; '.join(dict.fromkeys(reasons))}", "`selfhost status` tells how the tunnel is."
-    )
-
-
-def _endpoints(rental: Rental, reach: Reach) -> Iterator[Endpoint]:
-    if rental.endpoint:
-        yield rental.endpoint
-    yield from (end for end in reach.endpoints(rental) if end != rental.endpoint)
+    remote, endpoint = meet(rental, reach)
+    remote.close()
+    return endpoint
 
 
 def _pin(paths: Paths, ledger: Ledger, rental: Rental) -> Path:

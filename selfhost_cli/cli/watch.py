@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from rich.live import Live
 from rich.text import Text
 
 from selfhost_cli import countdown
 from selfhost_cli import status as state
 from selfhost_cli.cli import render, words
+from selfhost_cli.cli.screen import Redrawn
 from selfhost_cli.config import Settings
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.status import Status
@@ -45,7 +45,7 @@ def run(
 
 def _redraw(ask: Callable[[], Sequence[Status]], pause: Callable[[float], None]) -> None:
     values = ask()
-    with Live(
+    with Redrawn(
         frame(values, render.out.width, render.out.height),
         console=render.out,
         auto_refresh=False,

@@ -11,7 +11,7 @@ from selfhost_cli.attach import Front
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import MarketUnreachable, MayBeBilling, NotSetUp, SelfhostError, UsageError
 from selfhost_cli.ledger import Ledger, LedgerBroken
-from selfhost_cli.lifecycle.extending import Reach
+from selfhost_cli.lifecycle.reaching import Reach
 from selfhost_cli.model import Endpoint, Event, Rental
 from selfhost_cli.providers import Provider
 

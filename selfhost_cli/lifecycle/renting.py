@@ -289,8 +289,8 @@ def _choose(world: World, need: Need, download: offers.Download, found: Sequence
 
 
 def _refused(world: World, need: Need, download: offers.Download, choice: offers.Choice) -> tuple[offers.Refusal, ...]:
-    """All that do not fit. The market is asked again without the limits: it does not name what they left out."""
-    loose = replace(need, gpu_ram_mb=0, ram_mb=0, reliability=0.0, inet_down_mbps=0.0, hours=0.0, max_price=None)
+    """All that do not fit. The market is asked once more, without the limits: it does not name what they left out."""
+    loose = replace(need, strict=False)
     known = {row.offer.id for row in choice.ranked} | {refusal.offer.id for refusal in choice.refused}
     others = [offer for offer in world.provider.offers(loose) if offer.id not in known]
     return (*choice.refused, *_choose(world, need, download, others).refused)
@@ -300,7 +300,7 @@ def nothing(found: Search) -> NothingToRent:
     """Why nothing fits, and what would have to be looser."""
     need, refused = found.need, found.choice.refused
     if not refused:
-        return NothingToRent(f"the market has no {need.gpu} now", "Take another card with --gpu, or try later.")
+        return NothingToRent(f"the market has no {need.gpu} now", "Names are exact, such as `RTX 4090`. Take another card with --gpu, or try later.")
     groups = Counter(one.rule for one in refused).most_common(4)
     single = {one.rule: one.why for one in refused}
     told = ", ".join(f"{count} × {single[rule] if count == 1 else rule}" for rule, count in groups)
@@ -309,5 +309,5 @@ def nothing(found: Search) -> NothingToRent:
     loosen = f"Loosen {' or '.join(options)}, or try later" if options else "Try later"
     return NothingToRent(
         f"no {need.gpu} within the limits; {len(refused)} offers refused: {told}",
-        f"{loosen}. `selfhost offers --refused` tells each.",
+        f"{loosen}. `selfhost offers --refused`, with the same options, tells each.",
     )

@@ -35,6 +35,8 @@ from selfhost_cli.wait import SYSTEM, Clock
 T = TypeVar("T")
 Row = Mapping[str, Any]
 
+ROWS = 64
+"""Of a search: the market never answers with more, whatever is asked."""
 PAGE = 25
 PAGES = 50
 ATTEMPTS = 4
@@ -116,7 +118,7 @@ class VastProvider:
         rows = self._patiently(
             "search",
             lambda: self._sdk.search_offers(
-                query=_query(need), no_default=True, order="dph_total", storage=need.disk_gb, limit=64
+                query=_query(need), no_default=True, order="dph_total", storage=need.disk_gb, limit=ROWS
             ),
         )
         if not isinstance(rows, list):
@@ -361,15 +363,20 @@ def _tame_requests(env: MutableMapping[str, str], url: str) -> None:
 
 
 def _query(need: Need) -> dict[str, dict[str, object]]:
+    """What is on offer at all of the card; a strict need filters it, so that what fits is within the first ROWS."""
     query: dict[str, dict[str, object]] = {
         "gpu_name": {"eq": need.gpu},
         "num_gpus": {"eq": 1},
-        "gpu_ram": {"gte": need.gpu_ram_mb},
-        "cpu_ram": {"gte": need.ram_mb},
-        "verified": {"eq": True},
         "rentable": {"eq": True},
         "rented": {"eq": False},
         "external": {"eq": False},
+    }
+    if not need.strict:
+        return query
+    query |= {
+        "gpu_ram": {"gte": need.gpu_ram_mb},
+        "cpu_ram": {"gte": need.ram_mb},
+        "verified": {"eq": True},
         "reliability": {"gte": need.reliability},
         "direct_port_count": {"gte": 1},
         "inet_down": {"gte": need.inet_down_mbps},
@@ -382,7 +389,7 @@ def _query(need: Need) -> dict[str, dict[str, object]]:
 
 
 def _offer(row: object) -> Offer | None:
-    """One row of a search, None when it lacks what a choice needs (many columns may be null)."""
+    """One row of a search, None when it lacks what names or prices it. Null, as many columns may be, is zero."""
     if not isinstance(row, dict):
         return None
     try:
@@ -393,14 +400,14 @@ def _offer(row: object) -> Offer | None:
             gpu=str(row["gpu_name"]),
             num_gpus=int(row["num_gpus"]),
             gpu_ram_mb=int(row["gpu_ram"]),
-            ram_mb=int(row["cpu_ram"]),
-            disk_gb=float(row["disk_space"]),
+            ram_mb=int(row["cpu_ram"] or 0),
+            disk_gb=float(row["disk_space"] or 0),
             dph_base=float(row["dph_base"]),
             dph_total=float(row["dph_total"]),
             storage_dph=float(row.get("storage_total_cost") or 0.0),
             down_per_gb=float(row.get("inet_down_cost") or 0.0),
             up_per_gb=float(row.get("inet_up_cost") or 0.0),
-            inet_down_mbps=float(row["inet_down"]),
+            inet_down_mbps=float(row["inet_down"] or 0),
             inet_up_mbps=float(row.get("inet_up") or 0.0),
             reliability=float(row.get("reliability2") or row.get("reliability") or 0.0),
             verified=row.get("verification") == "verified",

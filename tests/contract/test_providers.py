@@ -233,6 +233,19 @@ def test_filters_are_applied_to_more_than_a_page_of_instances(market: MarketProc
     market.destroy_all()
 
 
+def test_a_machine_that_was_never_measured_is_an_offer_of_none_of_that(
+    market: MarketProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unverified one may have no figures; what a choice has to refuse by name must be read at all."""
+    provider = real(market)
+    (row, *_) = market.sdk().search_offers(query={"verified": {"eq": False}, "num_gpus": {"eq": 1}}, no_default=True)
+    blank = dict.fromkeys(("cpu_ram", "disk_space", "inet_down", "reliability", "reliability2", "direct_port_count"))
+    monkeypatch.setattr(provider._sdk, "search_offers", lambda **asked: [row | blank])
+    (offer,) = provider.offers(Need(strict=False))
+    assert (offer.id, offer.verified) == (row["id"], False)
+    assert (offer.ram_mb, offer.disk_gb, offer.inet_down_mbps, offer.reliability, offer.direct_ports) == (0, 0, 0, 0, 0)
+
+
 def test_a_row_that_makes_no_sense_is_a_box_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the list; nobody could end it, or any other, if it hid them."""
     rows = [{"id": 7, "label": "selfhost-q-1", "dph_total": "soon"}, {"id": 8, "label": "mine", "machine_id": []}]

@@ -57,9 +57,24 @@ def test_the_ranking_is_printed_with_the_reasons_and_nothing_is_rented(person: P
         "reliability below 0.98: 0.970",
         "slower than 300 Mbit/s down: 118",
         "less than 32 GB of memory: 24",
+        "less than 56 GB of disk: 31",
+        "no direct port",
     ):
         assert reason in out, reason
+    assert out.count("not verified by the market") == 2, "a machine never verified, and one that is not any more"
     assert person.market.billed()["count"] == 0
+
+
+def test_whatever_the_market_has_of_the_card_is_ranked_or_refused_by_name(person: Person) -> None:
+    rows = person.market.sdk().search_offers(
+        query={"gpu_name": {"eq": "RTX 4090"}, "num_gpus": {"eq": 1}, "rented": {"eq": False}}, no_default=True
+    )
+    person.market.control.delete("/requests")
+    choice = person.offers("--refused", "--max-price", "0.3", "--region", "C")
+    named = [row["offer"]["id"] for row in (*choice["ranked"], *choice["refused"])]
+    assert sorted(named) == sorted(row["id"] for row in rows)
+    asked = [row for row in person.market.control.get("/requests").json() if row["path"].startswith("/api/v0/bundles")]
+    assert [row["body"]["limit"] for row in asked] == [64, 64], "two bounded questions, however much there is"
 
 
 def test_the_filters_are_those_of_up(person: Person) -> None:

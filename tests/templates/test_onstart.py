@@ -53,6 +53,16 @@ def test_onstart_returns_at_once_and_leaves_nothing_that_holds_its_output(box: B
     eventually(lambda: box.text("run/armed"))
 
 
+def test_a_start_as_it_should_be_leaves_no_complaint_in_the_logs(box: Box, onstart: str) -> None:
+    box.start(onstart)
+    eventually(lambda: box.text("run/armed"))
+    eventually(lambda: "sshd.pid" in box.text("log/onstart.log"))
+    told = [line for path in (box.dir / "log").glob("*.log") for line in path.read_text().splitlines()]
+    assert [line for line in told if "sshd.pid" not in line] == [], (
+        "there was no sshd to be told of its key, and that's all"
+    )
+
+
 def test_it_is_dash_clean_and_runs_under_bash_too(box: Box, onstart: str) -> None:
     file = box.path / "onstart.sh"
     file.write_text(onstart)

@@ -30,6 +30,19 @@ def test_settings_are_offered_where_one_is_wanted(tmp_path: Path) -> None:
     assert ask(tmp_path, "config", "set", "max_") == [one for one in config.NAMES if one.startswith("max_")]
 
 
+@pytest.mark.parametrize("before", [(), ("status",), ("config", "set"), ("claude",), ("status", "--json")])
+def test_a_profile_is_offered_wherever_it_may_stand(tmp_path: Path, before: tuple[str, ...]) -> None:
+    for name in ("work", "demo"):
+        config.paths(name, {"SELFHOST_HOME": str(tmp_path)}).make()
+    assert ask(tmp_path, *before, "--profile", "") == ["demo", "work"]
+    assert ask(tmp_path, *before, "--profile", "w") == ["work"]
+
+
+def test_behind_a_command_the_option_is_offered_and_what_follows_its_name(tmp_path: Path) -> None:
+    assert ask(tmp_path, "status", "--p") == ["--profile"]
+    assert ask(tmp_path, "logs", "--profile", "work", "wat") == ["watchdog"]
+
+
 def test_names_are_offered_by_their_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SELFHOST_HOME", str(tmp_path))
     assert completion.profiles("") == []

@@ -185,7 +185,7 @@ def test_a_pick_that_the_market_leaves_out_by_itself_is_said_to_be_unfit(person:
     stock, ask = person.market.stock, person.market.offers
     person.market.stock = [replace(one, reliability=0.9) if one.machine_id == 2 else one for one in stock]
     person.market.offers = lambda need: [  # type: ignore[method-assign]
-        one for one in ask(need) if one.reliability >= need.reliability
+        one for one in ask(need) if not need.strict or one.reliability >= need.reliability
     ]
     with pytest.raises(NothingToRent, match=r"does not fit .*: reliability below 0\.98: 0\.900"):
         person.up(2)
