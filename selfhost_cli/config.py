@@ -194,6 +194,7 @@ class Settings:
     cache_tempered: bool = _setting(False, "cache those with a temperature above 0 too")
     cache_size: float = _setting(256.0, "MB of answers on this machine; what was not used for longest goes first")
     cache_store: str = _setting("local", "where answers are kept: local, a file of this profile; or redis")
+    cache_semantic: str = _setting("off", "similar questions: off; shadow counts what would be served; or on")
     cache_scope: str = _setting("", "whose answers these are; default: this installation's. The same name for a team")
     cache_key: str = _setting(
         "", "what answers are sealed with, 64 hexadecimal digits; default: made at first use", secret=True
@@ -260,7 +261,7 @@ POSITIVE = (
     *(f"{stage}_timeout" for stage in STAGES),
 )
 """Zero would end a box at once, or never."""
-ONE_OF = {"cache_store": ("local", "redis"), "redis_tls": ("", "on", "off")}
+ONE_OF = {"cache_store": ("local", "redis"), "cache_semantic": ("off", "shadow", "on"), "redis_tls": ("", "on", "off")}
 NAMED = ("model", "engine", "image", "gpu")
 URLS = ("market_url", "registry", "ollama_url", "model_url")
 OTHER_VARIABLES = ("home", "profile", "cache", "lease_s", "idle_s", "ollama_sha256", "ollama_bytes", "name")
@@ -511,7 +512,7 @@ def _cast(name: str, value: object, source: Source) -> object:
     except (TypeError, ValueError) as error:
         shown = HIDDEN if _secret(name) else repr(public(name, value))
         variable = f"SELFHOST_{name.upper()}{' or VAST_API_KEY' if name == 'api_key' else ''}"
-        remedy = f"Mend or unset {variable}." if source is Source.ENV else ""
+        remedy = f"Mend or unset {variable}." if source is Source.ENVIRONMENT else ""
         raise UsageError(f"{name} = {shown} ({source.name.lower()}): {error}", remedy) from error
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from selfhost_cli import config
 from selfhost_cli.config import Settings
@@ -17,10 +17,12 @@ from selfhost_cli.model import Saved
 
 if TYPE_CHECKING:
     from selfhost_cli.proxy.cache.cache import Cache
-    from selfhost_cli.proxy.cache.counters import Count
+    from selfhost_cli.proxy.cache.counters import Count, Counters
     from selfhost_cli.proxy.cache.seal import Seal
     from selfhost_cli.proxy.cache.stores import Store
 
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 HOUR_S = 3600.0
 MB = 2**20
 DIGITS = 64
@@ -93,12 +95,21 @@ def sealing_key(settings: Settings) -> str:
 
 def counts(settings: Settings) -> dict[tuple[str, str], Count]:
     """What was counted, by a rental's label and a class of request; nothing where nothing is known."""
+    return _read(settings, lambda counters: counters.totals())
+
+
+def notes(settings: Settings) -> dict[str, int]:
+    """What became of the questions for which similar ones were looked for."""
+    return _read(settings, lambda counters: counters.noted())
+
+
+def _read(settings: Settings, ask: Callable[[Counters], Awaitable[dict[Key, Value]]]) -> dict[Key, Value]:
     from selfhost_cli.proxy.cache.counters import Counters
 
-    async def read() -> dict[tuple[str, str], Count]:
+    async def read() -> dict[Key, Value]:
         counters = Counters(settings.paths.counters)
         try:
-            return await counters.totals()
+            return await ask(counters)
         finally:
             await counters.close()
 

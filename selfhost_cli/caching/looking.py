@@ -42,6 +42,8 @@ class Stats:
     saved_dollars: float
     total: Count
     classes: dict[str, Count]
+    similar: dict[str, int]
+    """What became of questions for which similar ones were looked for, see docs/semantic.md."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def stats(settings: Settings, env: Mapping[str, str], prices: Mapping[str, float
         saved_dollars=sum(one.gpu_seconds / 3600 * prices.get(label, 0.0) for (label, _), one in counts.items()),
         total=total(classes.values()),
         classes=dict(sorted(classes.items())),
+        similar=dict(sorted(caching.notes(settings).items())),
     )
 
 

@@ -87,6 +87,8 @@ def _stats(value: Stats) -> None:
         ("saved", f"{whole.gpu_seconds:.0f} s of the GPU ({render.money(value.saved_dollars)})"),
         ("tokens saved", f"{whole.input_tokens} in, {whole.output_tokens} out"),
     ]
+    if value.similar:
+        rows.append(("similar", ", ".join(f"{name} {number}" for name, number in value.similar.items())))
     for name, text in rows:
         render.out.print(f"[bold]{name:<14}[/]  {text}")
     if value.classes:

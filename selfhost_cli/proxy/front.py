@@ -129,6 +129,7 @@ class _Front:
         app.router.add_get("/api/hello", self._hello)
         app.router.add_get("/health", self._health)
         app.router.add_post(PROVE, self._prove)
+        app.router.add_get("/selfhost/metrics", self._metrics)
         app.router.add_route("*", "/selfhost/{name:.*}", self._command)
         app.router.add_route("*", "/{path:.*}", self._relay)
         app.cleanup_ctx.append(self._sessions)
@@ -157,6 +158,11 @@ class _Front:
             raise invalid("nonce: 16 to 128 hexadecimal digits")
         port = http.get_extra_info("sockname")[1]
         return web.json_response({"proof": proof(self._token, nonce, port)})
+
+    async def _metrics(self, http: web.Request) -> web.Response:
+        """The cache's; those of the box are its own."""
+        page = await self._cache.metrics() if self._cache else b""
+        return web.Response(body=page, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _command(self, http: web.Request) -> web.Response:
         run = self._control.get(http.match_info["name"])

@@ -66,6 +66,7 @@ async def filled(settings: Settings) -> None:
         counters.count("hit", "box-1", "main", input_tokens=30, output_tokens=4, gpu_seconds=600.0)
     counters.count("hit", "", "auxiliary", input_tokens=1, output_tokens=1, gpu_seconds=60.0)
     counters.count("bypass", "box-1", "main")
+    counters.note("would_serve")
     await counters.close()
 
 
@@ -87,6 +88,7 @@ def test_stats_tell_what_is_kept_what_hit_and_what_that_was_worth(run: Run, sett
     text = run("stats")
     assert "4 of 5 (80%), 1 passed by" in text
     assert "$0.18" in text
+    assert "would_serve 1" in text
 
 
 def test_what_was_saved_is_known_by_rental(settings: Settings) -> None:
@@ -186,6 +188,7 @@ def test_stats_say_which_redis_cannot_be_reached_and_flush_fails(
     ("name", "value"),
     [
         ("CACHE_STORE", "memcached"),
+        ("CACHE_SEMANTIC", "yes"),
         ("CACHE_TTL", "0"),
         ("CACHE_TTL_BY_CLASS", "main=never"),
         ("CACHE_TTL_BY_CLASS", "main=0"),

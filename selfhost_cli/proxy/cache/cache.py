@@ -17,7 +17,7 @@ from multidict import CIMultiDict
 from selfhost_cli.proxy import contract, sse
 from selfhost_cli.proxy.cache import entry as entries
 from selfhost_cli.proxy.cache import key
-from selfhost_cli.proxy.cache.counters import Outcome
+from selfhost_cli.proxy.cache.counters import Count, Outcome, metrics
 from selfhost_cli.proxy.cache.entry import Entry
 from selfhost_cli.proxy.cache.flight import Flight
 from selfhost_cli.proxy.cache.key import Served
@@ -59,6 +59,8 @@ class Tally(Protocol):
         output_tokens: int = 0,
         gpu_seconds: float = 0.0,
     ) -> None: ...
+
+    async def totals(self) -> dict[tuple[str, str], Count]: ...
 
     async def close(self) -> None: ...
 
@@ -151,6 +153,9 @@ class Cache:
                 return self._again(http, request, flight.entry, TOGETHER)
             if flight.streamed is request.stream:
                 return await self._follow(http, name, flight)
+
+    async def metrics(self) -> bytes:
+        return metrics(await self._tally.totals())
 
     async def find(self, name: str) -> Entry | None:
         """What is kept under a name, and opens."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ CREATE TABLE counts (
     input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, gpu_seconds REAL NOT NULL,
     PRIMARY KEY (label, class)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE notes (name TEXT PRIMARY KEY, count INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 PRAGMA user_version = {VERSION};
 """
 WRITE_S = 5.0
@@ -66,6 +68,7 @@ class Counters:
     def __init__(self, path: Path, *, write_every: float = WRITE_S) -> None:
         self._file = Database(path, SCHEMA, VERSION)
         self._new: dict[Key, Count] = {}
+        self._notes: Counter[str] = Counter()
         self._write_every = write_every
         self._writing: asyncio.TimerHandle | None = None
         self._at_the_file = asyncio.Lock()
@@ -94,6 +97,11 @@ class Counters:
         self._new[label, cls] = self._new.get((label, cls), Count()) + one
         self._write_soon()
 
+    def note(self, name: str) -> None:
+        """One more of what is no request's outcome."""
+        self._notes[name] += 1
+        self._write_soon()
+
     async def flush(self) -> bool:
         """Write what was counted. Whether it was written."""
         async with self._at_the_file:
@@ -101,11 +109,13 @@ class Counters:
 
     async def _flush(self) -> bool:
         new, self._new = self._new, {}
-        if await self._file.do(lambda db: _add(db, new), False):
+        notes, self._notes = self._notes, Counter()
+        if await self._file.do(lambda db: _add(db, new, notes), False):
             return True
         for key, count in new.items():
             self._new[key] = self._new.get(key, Count()) + count
-        if self._new:
+        self._notes += notes
+        if self._new or self._notes:
             self._write_soon()
         return False
 
@@ -118,6 +128,13 @@ class Counters:
         for key, count in self._new.items():
             totals[key] = totals.get(key, Count()) + count
         return totals
+
+    async def noted(self) -> dict[str, int]:
+        """How often what was noted, as `totals` has it."""
+        nothing: dict[str, int] = {}
+        async with self._at_the_file:
+            await self._flush()
+            return dict(self._notes + Counter(await self._file.ask(_read_notes, nothing)))
 
     async def close(self) -> None:
         await self.flush()
@@ -134,6 +151,25 @@ class Counters:
         self._flushing = asyncio.ensure_future(self.flush())
 
 
+def metrics(totals: Mapping[Key, Count]) -> bytes:
+    """In Prometheus' format, by class of request; a rental's label would be a new series for every box."""
+    classes: dict[str, Count] = {}
+    for (_, cls), count in totals.items():
+        classes[cls] = classes.get(cls, Count()) + count
+    told = {
+        "requests": ("Requests, by how they were answered", ("hits", "misses", "bypasses")),
+        "saved_tokens": ("Tokens of answers that were not generated again", ("input_tokens", "output_tokens")),
+        "saved_gpu_seconds": ("Seconds these answers had once taken", ("gpu_seconds",)),
+    }
+    lines = []
+    for name, (help, parts) in told.items():
+        lines += [f"# HELP selfhost_cache_{name}_total {help}", f"# TYPE selfhost_cache_{name}_total counter"]
+        for cls, count in sorted(classes.items()):
+            for part in parts:
+                lines.append(f'selfhost_cache_{name}_total{{class="{cls}",kind="{part}"}} {getattr(count, part)}')
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
 def total(counts: Iterable[Count]) -> Count:
     return sum(counts, Count())
 
@@ -145,9 +181,15 @@ _UPSERT = (
 )
 
 
-def _add(db: sqlite3.Connection, counts: dict[Key, Count]) -> bool:
+def _add(db: sqlite3.Connection, counts: dict[Key, Count], notes: dict[str, int]) -> bool:
     db.executemany(_UPSERT, [(*key, *astuple(count)) for key, count in counts.items()])
+    upsert = "INSERT INTO notes VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET count = count + excluded.count"
+    db.executemany(upsert, list(notes.items()))
     return True
+
+
+def _read_notes(db: sqlite3.Connection) -> dict[str, int]:
+    return dict(db.execute("SELECT name, count FROM notes"))
 
 
 def _read(db: sqlite3.Connection) -> dict[Key, Count]:

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 from selfhost_cli.proxy.cache.cache import Cache
+from selfhost_cli.proxy.cache.counters import Count
 from selfhost_cli.proxy.cache.rules import Rules
 from selfhost_cli.proxy.cache.seal import Seal
 from selfhost_cli.proxy.cache.stores import Store
@@ -44,6 +45,9 @@ class Tally:
         self.told.append((outcome, label, cls))
         if outcome == "hit":
             self.saved.append((input_tokens, output_tokens))
+
+    async def totals(self) -> dict[tuple[str, str], Count]:
+        return {("rental-1", "main"): Count(hits=sum(told[0] == "hit" for told in self.told))}
 
     async def close(self) -> None:
         pass

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from selfhost_cli.proxy.cache import cache as cache_module
 from selfhost_cli.proxy.cache import entry as entry_module
@@ -437,3 +438,17 @@ def test_the_doubt_of_the_box_is_not_told_again() -> None:
     made = entry_module.read(json.dumps(message).encode(), streamed=False, cls="main", at=0, seconds=1)
     assert isinstance(made, entry_module.Entry)
     assert replace(made, at=1) == replace(entry_module.unpack(made.pack()) or made, at=1)
+
+
+@asynchronous
+async def test_what_it_did_is_told_in_prometheus_format(tmp_path: Path) -> None:
+    async with boxed(LlamaStub(), tmp_path) as front:
+        for _ in range(3):
+            await front.answer()
+        async with front.session.get(front.url + "/selfhost/metrics", headers=AUTH) as response:
+            page = await response.text()
+        async with front.session.get(front.url + "/selfhost/metrics") as response:
+            assert response.status == 401
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    samples = {sample.labels["kind"]: sample.value for sample in families["selfhost_cache_requests"].samples}
+    assert samples == {"hits": 2, "misses": 0, "bypasses": 0}

@@ -55,6 +55,20 @@ async def test_all_is_counted_by_rental_and_class_and_survives_a_restart(path: P
 
 
 @asynchronous
+async def test_notes_add_up_over_restarts(path: Path) -> None:
+    for _ in range(2):
+        async with opened(path) as counters:
+            counters.note("served")
+            counters.note("served")
+            counters.note("vetoed.number")
+            await counters.flush()
+            counters.note("asked")
+    async with opened(path) as counters:
+        assert await counters.noted() == {"served": 4, "vetoed.number": 2, "asked": 2}
+        assert await counters.totals() == {}
+
+
+@asynchronous
 async def test_counting_writes_nothing_until_many_are_written_at_once(path: Path) -> None:
     async with opened(path) as counters:
         for _ in range(1000):
