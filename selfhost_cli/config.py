@@ -101,6 +101,11 @@ class Paths:
         return self.state / "answers.sqlite3"
 
     @property
+    def questions(self) -> Path:
+        """Those of the semantic cache."""
+        return self.state / "questions.sqlite3"
+
+    @property
     def counters(self) -> Path:
         """What the cache did."""
         return self.state / "cache-counters.sqlite3"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from selfhost_cli.proxy.cache.cache import Cache
     from selfhost_cli.proxy.cache.counters import Count, Counters
     from selfhost_cli.proxy.cache.seal import Seal
+    from selfhost_cli.proxy.cache.semantic.decide import Semantic
     from selfhost_cli.proxy.cache.stores import Store
 
 Key = TypeVar("Key")
@@ -45,7 +46,8 @@ def cache(settings: Settings, env: Mapping[str, str], rental: Callable[[], str])
         ttl_by_class={name: hours * HOUR_S for name, hours in config.lifetimes(settings.cache_ttl_by_class).items()},
     )
     counters = Counters(settings.paths.counters)
-    return Cache(store(settings, env), seal(settings), scope(settings), rules, counters, rental)
+    similar = _similar(settings, counters.note)
+    return Cache(store(settings, env), seal(settings), scope(settings), rules, counters, rental, similar)
 
 
 def store(settings: Settings, env: Mapping[str, str]) -> Store:
@@ -67,6 +69,22 @@ def store(settings: Settings, env: Mapping[str, str]) -> Store:
     if place is None:
         raise UsageError("`cache_store` is redis, and nothing says where that is", WHERE)
     return SharedStore(place, timeout=settings.redis_timeout / 1000)
+
+
+def _similar(settings: Settings, note: Callable[[str], None]) -> Semantic | None:
+    """What finds questions that were put in other words, when it is asked for. Raises UsageError without its extra."""
+    if settings.cache_semantic == "off":
+        return None
+    try:
+        from selfhost_cli.proxy.cache.semantic.decide import Semantic
+        from selfhost_cli.proxy.cache.semantic.index import Index
+        from selfhost_cli.proxy.cache.semantic.minilm import MiniLM
+
+        embedder = MiniLM()
+    except ImportError as error:
+        raise UsageError(str(error), "Or run `selfhost config set cache_semantic off`.") from error
+    index = Index(embedder.name, settings.paths.questions, seal(settings))
+    return Semantic(embedder, index, "on" if settings.cache_semantic == "on" else "shadow", note)
 
 
 def scope(settings: Settings) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from heapq import nlargest
 from typing import Any, TypeVar
@@ -89,7 +90,10 @@ def stats(settings: Settings, env: Mapping[str, str], prices: Mapping[str, float
 
 def flush(settings: Settings, env: Mapping[str, str], model: str) -> int:
     """Forget this scope's answers, or one model's; how many there were. Raises SelfhostError when it is not done."""
-    return _asked(_flush(settings, env, model))
+    gone = _asked(_flush(settings, env, model))
+    if not model:
+        _forget_questions(settings)
+    return gone
 
 
 def kept(settings: Settings, env: Mapping[str, str], wanted: str) -> list[Kept]:
@@ -120,6 +124,17 @@ async def _opened(settings: Settings, env: Mapping[str, str]) -> AsyncIterator[S
 async def _size(settings: Settings, env: Mapping[str, str]) -> Size:
     async with _opened(settings, env) as store:
         return await store.size(_prefix(settings))
+
+
+def _forget_questions(settings: Settings) -> None:
+    """Those of which similar ones are looked for: without their answers they are of no use, and still somebody's."""
+    if settings.paths.questions.exists():
+        try:
+            with closing(sqlite3.connect(settings.paths.questions)) as db, db:
+                db.execute("DELETE FROM questions")
+        except sqlite3.Error as error:
+            path = settings.paths.questions
+            raise SelfhostError(f"{path}: {error}", "The answers are forgotten; delete that file, too.") from error
 
 
 async def _flush(settings: Settings, env: Mapping[str, str], model: str) -> int:

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from selfhost_cli import caching, config
@@ -21,6 +22,7 @@ from selfhost_cli.model import Saved
 from selfhost_cli.proxy.cache import key
 from selfhost_cli.proxy.cache.counters import Counters
 from selfhost_cli.proxy.cache.entry import Entry
+from selfhost_cli.proxy.cache.semantic.index import Index, Known
 from tests.fakes.rental import make_rental
 
 Run = Callable[..., str]
@@ -126,6 +128,32 @@ def test_flush_forgets_one_models_answers_or_all_of_this_scope(run: Run, setting
         return names
 
     assert asyncio.run(others()) == [key.prefix("another") + HASHES[0]]
+
+
+def test_flush_forgets_the_questions_too(run: Run, settings: Settings) -> None:
+    async def known(learn: bool) -> int:
+        index = Index("e", settings.paths.questions, caching.seal(settings))
+        await index.start()
+        if learn:
+            await index.learn(Known("s", "How are you?", "key"), np.ones(3, dtype=np.float32))
+        await index.close()
+        return len(index)
+
+    assert asyncio.run(known(True)) == 1
+    assert asyncio.run(known(False)) == 1
+    run("flush")
+    assert asyncio.run(known(False)) == 0
+
+
+@pytest.mark.parametrize("wanted", ["shadow", "on"])
+def test_similar_questions_are_looked_for_when_the_setting_says_so(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    assert caching._similar(settings, print) is None
+    monkeypatch.setenv("SELFHOST_CACHE_SEMANTIC", wanted)
+    similar = caching._similar(config.load("default"), print)
+    assert similar
+    assert similar._mode == wanted
 
 
 def test_before_anything_was_cached_nothing_is_made(run: Run, tmp_path: Path) -> None:

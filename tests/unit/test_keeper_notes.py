@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from selfhost_cli import config
+from selfhost_cli.keeper import wiring
 from selfhost_cli.keeper.daemon import _Keeper
 from selfhost_cli.keeper.links import LinkState
 from selfhost_cli.ledger import Ledger
@@ -147,3 +148,16 @@ def test_who_asks_while_a_box_is_got_ready_is_told_to_come_back_in_a_minute(keep
         away = keeper._upstream()
         assert isinstance(away, Away)
         assert (away.state, away.retry_after) == ("reconnecting", seconds)
+
+
+def test_a_cache_that_cannot_be_set_up_is_told_and_keeps_nobody_from_the_box(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SELFHOST_HOME", str(tmp_path))
+    monkeypatch.setenv("SELFHOST_CACHE_STORE", "redis")
+    monkeypatch.setenv("SELFHOST_REDIS_URL", "http://:hunter2@somewhere")
+    settings = config.load("default")
+    settings.paths.make()
+    assert wiring.cache(settings, str) is None
+    assert "no answers are cached: the URL of Redis is wrong" in caplog.text
+    assert "hunter2" not in caplog.text

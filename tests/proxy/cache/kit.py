@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from selfhost_cli.proxy.cache.cache import Cache
+from selfhost_cli.proxy.cache.cache import Cache, Similar
 from selfhost_cli.proxy.cache.counters import Count
 from selfhost_cli.proxy.cache.rules import Rules
 from selfhost_cli.proxy.cache.seal import Seal
@@ -94,9 +94,10 @@ async def laptop(
     key: bytes = KEY,
     scope: str = SCOPE,
     rules: Rules | None = None,
+    similar: Similar | None = None,
 ) -> AsyncIterator[Laptop]:
     tally = Tally()
-    cache = Cache(store, Seal(key), scope, rules or Rules(), tally, lambda: "rental-1")
+    cache = Cache(store, Seal(key), scope, rules or Rules(), tally, lambda: "rental-1", similar)
     made: list[Laptop] = []
     app = build_front(FRONT, lambda: made[0].target, dict, lambda usage: None, {}, cache)
     async with serving(app) as url, aiohttp.ClientSession() as session:
