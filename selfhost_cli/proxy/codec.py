@@ -35,6 +35,11 @@ def encode(value: Any) -> bytes:
         return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
 
 
+def tokens(value: object) -> int:
+    """A number of tokens, as somebody else told it: 0 for what is none, and none that no database could add up."""
+    return min(max(value, 0), 2**31) if isinstance(value, int) else 0
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 

@@ -19,7 +19,7 @@ from yarl import URL
 from selfhost_cli.proxy import sse
 from selfhost_cli.proxy.cache.cache import Cache
 from selfhost_cli.proxy.cache.key import Served
-from selfhost_cli.proxy.codec import decode
+from selfhost_cli.proxy.codec import decode, tokens
 from selfhost_cli.proxy.contract import Json, load
 from selfhost_cli.proxy.errors import API_ERROR, OVERLOADED, error_object, invalid, not_found, overloaded, reason_of
 from selfhost_cli.proxy.recipient import Asker, Recipient
@@ -296,9 +296,9 @@ class _Front:
         usage = meter.usage() if meter else None
         if not usage:
             return
-        cached = _count(usage, "cache_read_input_tokens")
-        total = _count(usage, "input_tokens") + _count(usage, "cache_creation_input_tokens") + cached
-        output = _count(usage, "output_tokens")
+        cached = tokens(usage.get("cache_read_input_tokens"))
+        total = tokens(usage.get("input_tokens")) + tokens(usage.get("cache_creation_input_tokens")) + cached
+        output = tokens(usage.get("output_tokens"))
         trace().input_tokens, trace().cached_tokens, trace().output_tokens = total, cached, output
         self._on_usage(Usage(target.rental, request_class(http), total, output, cached))
 
@@ -436,7 +436,7 @@ def _metered(http: web.Request) -> bool:
 
 
 def _identity(health: Json) -> Served | None:
-    parts = [health.get(name) for name in ("engine", "model", "digest")]
+    parts = [health.get(name) for name in ("engine", "model", "digest", "version")]
     return Served(*map(str, parts)) if all(isinstance(part, str) and part for part in parts) else None
 
 
@@ -477,11 +477,6 @@ def _usage(data: str | bytes) -> Json:
         return {}
     usage = message.get("usage") if isinstance(message, dict) else None
     return usage if isinstance(usage, dict) else {}
-
-
-def _count(usage: Json, key: str) -> int:
-    value = usage.get(key)
-    return value if isinstance(value, int) else 0
 
 
 async def _at_most(limit: int, response: aiohttp.ClientResponse) -> bytes:

@@ -149,12 +149,14 @@ def tail(log: Path, lines: int = 25) -> str:
 
 
 @asynccontextmanager
-async def talking(binary: Path, url: str, folder: Path, *words: str) -> AsyncIterator[asyncio.Task[str]]:
+async def talking(
+    binary: Path, url: str, folder: Path, *words: str, token: str = TOKEN, context: int = demo.CONTEXT
+) -> AsyncIterator[asyncio.Task[str]]:
     """The real Claude Code in that folder, launched for that server; the task gives what it prints."""
     home = folder.parent / "claude-home"
     home.mkdir(exist_ok=True)
     env = {"PATH": os.defpath}
-    launch = claude.launch(binary, words, url=url, token=TOKEN, model="tiny", context=demo.CONTEXT, env=env, home=home)
+    launch = claude.launch(binary, words, url=url, token=token, model="tiny", context=context, env=env, home=home)
     pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
     process = await asyncio.create_subprocess_exec(
         *launch.argv, env=dict(launch.env), cwd=folder, stdin=nothing, stdout=pipe, stderr=pipe
@@ -172,3 +174,12 @@ async def talking(binary: Path, url: str, folder: Path, *words: str) -> AsyncIte
         if process.returncode is None:
             process.kill()
         await asyncio.wait([task])
+
+
+def git(folder: Path, *words: str) -> None:
+    """Of nobody's settings; the folder is made for `init`."""
+    folder.mkdir(exist_ok=True)
+    who = ["-c", "user.name=somebody", "-c", "user.email=somebody@localhost", "-c", "init.defaultBranch=main"]
+    env = {"PATH": os.environ["PATH"], "HOME": str(folder.parent), "GIT_CONFIG_NOSYSTEM": "1"}
+    done = subprocess.run(["git", *who, *words], cwd=folder, env=env, capture_output=True, timeout=20, check=False)
+    assert done.returncode == 0, done.stderr.decode()

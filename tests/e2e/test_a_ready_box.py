@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("ready")]
 
 PAGE = Path(__file__).parents[2] / "docs" / "ssh.md"
 SHORT = ["--system-prompt", demo.SYSTEM_PROMPT]
+ANEW = {"SELFHOST_CACHE": "off"}
+"""Where it is the box that has to answer, whatever was asked before."""
 
 
 def reached(stage: Stage) -> bool:
@@ -81,7 +83,7 @@ def test_status_tells_what_there_is_and_what_it_costs(ready: Stage) -> None:
 
 def test_tokens_are_counted(ready: Stage) -> None:
     before = ready.ask("status", "--json").json[0]["so_far"]["usage"]
-    ready.ask("claude", "-p", "Say hi.", "--tools", "", *SHORT)
+    ready.ask("claude", "-p", "Say hi.", "--tools", "", *SHORT, env=ANEW)
     after = ready.ask("status", "--json").json[0]["so_far"]["usage"]
     assert after["requests"] == before["requests"] + 1
     assert after["input_tokens"] > before["input_tokens"]
@@ -114,7 +116,7 @@ def test_a_killed_keeper_is_back_at_the_next_command_on_the_same_port(ready: Sta
     assert keeper
     os.kill(keeper, signal.SIGKILL)
     until(lambda: ready.keeper is None)
-    answer = ready.ask("claude", "-p", "Say hi.", "--tools", "", *SHORT)
+    answer = ready.ask("claude", "-p", "Say hi.", "--tools", "", *SHORT, env=ANEW)
     assert answer.out.strip()
     assert ready.keeper not in (None, keeper)
     assert ready.ask("env", "--json").json["ANTHROPIC_BASE_URL"] == url

@@ -32,6 +32,8 @@ from tests.waiting import until
 pytestmark = [pytest.mark.ollama, pytest.mark.timeout(400)]
 
 SHORT = ["--tools", "", "--system-prompt", demo.SYSTEM_PROMPT]
+ANEW = {"SELFHOST_CACHE": "off"}
+"""Where it is the engine that has to answer, whatever was asked before."""
 MODEL = demo.OLLAMA_MODEL
 LAYER = 491_400_064
 """Bytes of the model's one big file."""
@@ -188,7 +190,7 @@ def test_it_is_set_up_as_promised_and_for_itself_alone(box: Stage) -> None:
 
 def test_requests_never_make_it_load_the_model_again(box: Stage) -> None:
     before = llama_server(box)
-    box.ask("claude", "-p", "Say hi.", *SHORT)
+    box.ask("claude", "-p", "Say hi.", *SHORT, env=ANEW)
     box.up()
     assert llama_server(box) == before
 
@@ -220,7 +222,7 @@ def test_a_killed_server_comes_back_with_its_model(box: Stage, what: str) -> Non
     os.kill(pid, signal.SIGKILL)
     until(lambda: pid not in processes(box, what))
     until(lambda: processes(box, "/llama-server ") and facts(box), 60)
-    assert box.ask("claude", "-p", "Say hi.", *SHORT).out.strip()
+    assert box.ask("claude", "-p", "Say hi.", *SHORT, env=ANEW).out.strip()
 
 
 def test_a_pull_whose_downloads_are_cut_arrives_whole(box: Stage, sound: None) -> None:

@@ -24,7 +24,7 @@ from aiohttp import web
 
 from selfhost_cli.sandbox import demo
 from selfhost_cli.sandbox.assets import Assets
-from tests.e2e.stage import Stage, talking
+from tests.e2e.stage import Stage, git, talking
 from tests.e2e.wire import Wire
 from tests.proxy.kit import (
     HELLO,
@@ -178,6 +178,58 @@ def test_an_interactive_session_asks_the_person_and_no_classifier(ready: Stage, 
         ("/v1/messages", "main", 200),
     ]
     assert max(request.tokens for request in log.requests) < 10_000
+
+
+# --- answers from the cache ---
+
+
+def committed(folder: Path, text: str) -> Path:
+    """A clean repository with a note."""
+    git(folder, "init")
+    (folder / "note.txt").write_text(text)
+    git(folder, "add", ".")
+    git(folder, "commit", "--message=a note")
+    return folder
+
+
+def test_the_same_work_in_the_same_repository_is_done_again_without_the_engine(ready: Stage, tmp_path: Path) -> None:
+    repo = committed(tmp_path / "repo", "nothing yet\n")
+    target = repo / "hello.txt"
+    words = ["claude", "-p", f"Create the file {target} with the content: hello", "--tools", "Write"]
+    words += ["--allowedTools", "Write", "--system-prompt", demo.SYSTEM_PROMPT]
+    hits = ready.ask("cache", "stats", "--json").json["total"]["hits"]
+    log = Log(ready)
+    first = ready.ask(*words, cwd=repo)
+    written = target.read_bytes()
+    asked = len(until(lambda: len(log.requests) > 1 and log.requests))
+    assert b"hello" in written
+
+    git(repo, "clean", "-fdq")
+    again = Log(ready)
+    assert ready.ask(*words, cwd=repo).out == first.out
+    assert target.read_bytes() == written
+    assert again.requests == []
+    until(lambda: ready.ask("cache", "stats", "--json").json["total"]["hits"] == hits + asked, 15)
+
+    git(repo, "clean", "-fdq")
+    ready.ask(*words, cwd=repo, env={"SELFHOST_CACHE": "off"})
+    assert until(lambda: again.requests)
+
+
+def test_a_file_that_changed_meanwhile_is_told_as_it_is_now(ready: Stage, tmp_path: Path) -> None:
+    repo = committed(tmp_path / "repo", "The secret word is pepper17.\n")
+    words = ["claude", "-p", f"Read the file {repo / 'note.txt'} and tell me the secret word in it.", "--tools", "Read"]
+    words += ["--allowedTools", "Read", "--system-prompt", demo.SYSTEM_PROMPT]
+    log = Log(ready)
+    assert "pepper17" in ready.ask(*words, cwd=repo).out.lower()
+    until(lambda: len(log.requests) == 2)
+    (repo / "note.txt").write_text("The secret word is lantern42.\n")
+    again = Log(ready)
+    answer = ready.ask(*words, cwd=repo).out.lower()
+    assert "lantern42" in answer
+    assert "pepper17" not in answer
+    (request,) = until(lambda: again.requests)  # the call that reads it came from the cache
+    assert request.outcome == "ok"
 
 
 # --- subagents ---

@@ -43,6 +43,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "account key": frozenset({"laptop config/demo/config.toml"}),
     "front's token": frozenset({"laptop state/demo/front.token", "environment of claude", "output of env"}),
     "login key": frozenset({"laptop state/demo/login_ed25519"}),
+    "cache's key": frozenset({"laptop config/demo/cache.key"}),
     # of the box. The ledger is the laptop's one file for it.
     "box's token": frozenset(
         {"laptop state/demo/ledger.sqlite3", "box root/.selfhost/run/install.env", "environment of the box's proxy"}
@@ -225,6 +226,7 @@ def secrets_of(stage: Stage) -> list[Secret]:
         Secret("front's token", stage.paths.front_token.read_bytes().strip()),
         Secret("box's token", token.encode()),
         Secret("box's own key", told["env"]["CONTAINER_API_KEY"].encode()),
+        Secret("cache's key", bytes.fromhex(stage.paths.cache_key.read_text())),
         of_key("login key", stage.paths.login_key.read_text()),
         of_key("bootstrap host key", told["onstart"]),
         of_key("box's host key", (stage.box() / KEY_OF_HOST).read_text()),

@@ -31,6 +31,8 @@ from selfhost_cli.proxy.web import ASK, AUXILIARY, PING_EVERY, request_class, tr
 
 LEASE_S = 15.0
 """So long is it somebody's to ask who says nothing more: a dead laptop keeps nobody waiting for longer."""
+TURN_S = 900.0
+"""So long do others wait for a laptop that says it still asks."""
 LOOK_S = 0.2
 HIT: Outcome = "hit"
 MISS: Outcome = "miss"
@@ -158,10 +160,11 @@ class Cache:
         return metrics(await self._tally.totals())
 
     async def find(self, name: str) -> Entry | None:
-        """What is kept under a name, and opens."""
+        """What is kept under a name, opens, and is not too old: who can write to the store can put an old one back."""
         sealed = await self._store.get(name)
         plain = self._seal.open(sealed, name, entries.LARGEST) if sealed else None
-        return entries.unpack(plain) if plain else None
+        found = entries.unpack(plain) if plain else None
+        return found if found and time.time() < found.at + self._rules.lifetime(found.cls) else None
 
     async def _find_similar(self, question: Question) -> Entry | None:
         assert self._similar
@@ -268,8 +271,8 @@ class Cache:
     async def _turn(self, name: str, flight: Flight) -> Entry | None:
         """Ours to ask; or what came of it when another laptop did. Streams hear meanwhile that somebody is there."""
         clock = asyncio.get_running_loop().time
-        told = clock()
-        while not await self._store.take(name, self._owner, LEASE_S):
+        began = told = clock()
+        while not await self._store.take(name, self._owner, LEASE_S) and clock() - began < TURN_S:
             if flight.streamed and clock() - told > PING_EVERY:
                 told = clock()
                 if not flight.begun:
@@ -307,7 +310,7 @@ class Cache:
 
     async def _keep(self, name: str, flight: Flight, cls: str, seconds: float) -> None:
         """What of it is worth keeping. To read it costs more than all the rest, and is done aside."""
-        if not flight.whole:
+        if not flight.whole or self._store.trouble:
             return
         now = time.time()
         read = partial(entries.read, flight.body(), streamed=flight.streamed, cls=cls, at=now, seconds=seconds)

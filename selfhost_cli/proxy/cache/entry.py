@@ -8,14 +8,14 @@ from typing import Any
 
 from selfhost_cli.proxy import sse
 from selfhost_cli.proxy.answer import DOUBT, collect
-from selfhost_cli.proxy.codec import decode, encode
+from selfhost_cli.proxy.codec import decode, encode, tokens
 from selfhost_cli.proxy.contract import Json
 from selfhost_cli.proxy.errors import ProxyError, new_id
 
 LARGEST = 4 * 2**20
 """Bytes of an answer that is kept, before it is packed."""
-PIECE = 96
-"""Characters of a text that is told in one go, about as many as come at once from a fast engine."""
+PIECE = 512
+"""Characters of a text that is told in one go: smaller ones would cost the most of a hit."""
 WHOLE = frozenset({"end_turn", "tool_use", "stop_sequence"})
 """Why an answer ended that came to its own end."""
 IDS = {"tool_use": "toolu"}
@@ -43,11 +43,11 @@ class Entry:
     @property
     def input_tokens(self) -> int:
         counted = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-        return sum(_count(self.usage.get(name)) for name in counted)
+        return sum(tokens(self.usage.get(name)) for name in counted)
 
     @property
     def output_tokens(self) -> int:
-        return _count(self.usage.get("output_tokens"))
+        return tokens(self.usage.get("output_tokens"))
 
     def message(self) -> Json:
         """As the whole answer of a request that does not stream."""
@@ -150,7 +150,3 @@ def _events(answer: bytes) -> Iterable[Json]:
         yield decode(event.data)
     if last != "message_stop":
         raise ValueError("it has no end")
-
-
-def _count(value: object) -> int:
-    return value if isinstance(value, int) else 0

@@ -9,7 +9,7 @@ because a prompt shows them in that order.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from selfhost_cli.proxy.codec import encode
 from selfhost_cli.proxy.contract import Json, Request
@@ -20,16 +20,18 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Served:
-    """What answers: the engine's name, the model's, and the digest of its weights."""
+    """What answers: the engine's name, the model's, the digest of its weights, and the version of the proxy, which
+    decides how a request becomes a prompt."""
 
     engine: str
     model: str
     digest: str
+    version: str
 
 
 def digest(request: Request, served: Served) -> str:
     """64 hexadecimal digits."""
-    return hashlib.sha256(encode([served.engine, served.model, served.digest, _canonical(request)])).hexdigest()
+    return hashlib.sha256(encode([*astuple(served), _canonical(request)])).hexdigest()
 
 
 def question(request: Request, served: Served) -> tuple[str, str] | None:

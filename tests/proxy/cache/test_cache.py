@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -452,3 +453,43 @@ async def test_what_it_did_is_told_in_prometheus_format(tmp_path: Path) -> None:
     families = {family.name: family for family in text_string_to_metric_families(page)}
     samples = {sample.labels["kind"]: sample.value for sample in families["selfhost_cache_requests"].samples}
     assert samples == {"hits": 2, "misses": 0, "bypasses": 0}
+
+
+@asynchronous
+async def test_an_old_answer_that_is_put_back_stays_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub, path = LlamaStub(), tmp_path / "answers"
+    async with AsyncExitStack() as stack:
+        box = await stack.enter_async_context(proxied(stub, tmp_path, digest="d"))
+        front = await stack.enter_async_context(
+            laptop(Upstream(box.url, TOKEN, "r"), LocalStore(path, 2**24), rules=Rules(ttl=100))
+        )
+        await front.answer()
+        writer = LocalStore(path, 2**24)
+        await writer.start()
+        stack.push_async_callback(writer.close)
+        [name] = [name async for name in writer.names("selfhost:")]
+        kept = await writer.get(name)
+        assert kept
+        await writer.put(name, kept, 10**6)
+        assert (await front.answer())[0] == "hit"
+        real = time.time
+        monkeypatch.setattr(cache_module.time, "time", lambda: real() + 101)
+        assert (await front.answer())[0] == "miss"
+
+
+@asynchronous
+async def test_nobody_waits_for_ever_for_who_says_that_he_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "TURN_S", 0.3)
+    stub, path = LlamaStub(), tmp_path / "answers"
+    async with AsyncExitStack() as stack:
+        box = await stack.enter_async_context(proxied(stub, tmp_path, digest="d"))
+        front = await stack.enter_async_context(laptop(Upstream(box.url, TOKEN, "r"), LocalStore(path, 2**24)))
+        await front.answer()
+        liar = LocalStore(path, 2**24)
+        await liar.start()
+        stack.push_async_callback(liar.close)
+        [name] = [name async for name in liar.names("selfhost:")]
+        await liar.delete(name)
+        assert await liar.take(name, "liar", 1000)
+        assert (await front.answer())[0] == "miss"
+    assert len(stub.asked) == 2

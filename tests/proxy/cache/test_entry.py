@@ -129,3 +129,10 @@ def test_what_would_unpack_to_more_than_wanted_does_not_open() -> None:
 def test_a_key_of_another_length_is_none() -> None:
     with pytest.raises(ValueError, match="32 bytes"):
         Seal(b"short")
+
+
+@pytest.mark.parametrize("nonsense", [-5, 2**63, 1.5, "7", None, True])
+def test_what_a_box_says_of_tokens_can_be_added_up(nonsense: Any) -> None:
+    usage = {"input_tokens": nonsense, "output_tokens": nonsense}
+    entry = Entry([], "end_turn", None, usage, "m", "main", 0.0, 1.0)
+    assert 0 <= entry.input_tokens == entry.output_tokens <= 2**31

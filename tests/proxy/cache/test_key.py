@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from selfhost_cli.proxy.contract import Request, parse
 from selfhost_cli.proxy.engines.anthropic import AnthropicEngine
 from tests.proxy.test_contract import LATE, READ, assistant, conversations, result, rewritten, said, short, user
 
-SERVED = Served("llamacpp", "tiny", "d1")
+SERVED = Served("llamacpp", "tiny", "d1", "0.1")
 Json = dict[str, Any]
 fields = st.fixed_dictionaries(
     {},
@@ -135,12 +136,16 @@ def test_deferred_tools_count_because_calls_to_them_are_checked_against_them() -
     assert named(body) != named(body | {"tools": [READ, LATE]})
 
 
-@pytest.mark.parametrize(
-    "other", [Served("ollama", "tiny", "d1"), Served("llamacpp", "b", "d1"), Served("llamacpp", "tiny", "d2")]
-)
-def test_what_serves_counts(other: Served) -> None:
+@pytest.mark.parametrize("change", [{"engine": "ollama"}, {"model": "large"}, {"digest": "d2"}, {"version": "0.2"}])
+def test_what_serves_counts(change: dict[str, str]) -> None:
     request = parse(json.dumps({"messages": [user([said("x")])]}).encode())
-    assert digest(request, other) != digest(request, SERVED)
+    assert digest(request, replace(SERVED, **change)) != digest(request, SERVED)
+
+
+def test_what_the_client_wants_of_its_thinking_counts() -> None:
+    body: Json = {"messages": [user("x")]}
+    wishes: list[Json] = [{}, {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}]
+    assert len({named(body | wish) for wish in [*wishes, {"output_config": {"effort": "low"}}]}) == 4
 
 
 def test_a_name_says_which_schema_and_whose() -> None:

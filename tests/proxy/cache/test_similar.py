@@ -14,7 +14,7 @@ from tests.proxy.cache.kit import boxed
 from tests.proxy.kit import HI, READ, STREAM, LlamaStub, as_body, asynchronous, check_grammar
 
 ASK = {"x-claude-code-request-class": "ask"}
-SERVED = Served("llamacpp", "tiny", "d1")
+SERVED = Served("llamacpp", "tiny", "d1", "0.1")
 
 
 @dataclass(frozen=True)
