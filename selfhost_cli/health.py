@@ -20,17 +20,24 @@ Ollama reports exactly all of them when every layer is on the GPU (`MemorySize` 
 not seen: no GPU was at hand)."""
 PROBES = ("tunnel", "proxy", "engine", "model", "gpu", "context", "token")
 """In their order. "gpu" only of a box that has one; "front" comes instead when nothing answers on this machine."""
-BILL = "`selfhost down` ends the bill."
 REMEDIES = {
-    "front": f"`selfhost doctor` looks for what is in the way; {BILL}",
-    "tunnel": f"`selfhost status` tells how the tunnel is; it comes back by itself. {BILL}",
-    "proxy": f"Run `selfhost up` to try again; `selfhost logs proxy` may tell why. {BILL}",
-    "engine": f"It may still be loading: look at `selfhost status` in a minute. {BILL}",
-    "model": f"Choose another one: `selfhost down`, then `selfhost up --model NAME`. {BILL}",
-    "gpu": f"Choose a smaller model: `selfhost up --model NAME`, or a smaller `selfhost up --context TOKENS`. {BILL}",
-    "context": f"Ask for less: `selfhost down`, then `selfhost up --context TOKENS`. {BILL}",
-    "token": f"Run `selfhost up` to try again; `selfhost logs engine` may tell why. {BILL}",
+    "front": "`selfhost doctor` looks for what is in the way.",
+    "tunnel": "`selfhost status` tells how the tunnel is; it comes back by itself.",
+    "proxy": "Run `selfhost up` to try again; `selfhost logs proxy` may tell why.",
+    "engine": "It may still be loading: look at `selfhost status` in a minute.",
+    "model": "Choose another one: `selfhost down`, then `selfhost up --model NAME`.",
+    "gpu": "Choose a smaller one: `selfhost down`, then `selfhost up --model NAME` or `selfhost up --context TOKENS`.",
+    "context": "Ask for less: `selfhost down`, then `selfhost up --context TOKENS`.",
+    "token": "Run `selfhost up` to try again; `selfhost logs engine` may tell why.",
 }
+"""While the box stands."""
+ONCE_GONE = {
+    "model": "Choose another one: `selfhost up --model NAME`.",
+    "gpu": "Choose a smaller one: `selfhost up --model NAME` or `selfhost up --context TOKENS`.",
+    "context": "Ask for less: `selfhost up --context TOKENS`.",
+}
+"""Of a box that never got ready, which `up` has destroyed."""
+AGAIN = "Run `selfhost up` to try again."
 
 
 @dataclass(frozen=True)

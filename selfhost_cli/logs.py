@@ -11,14 +11,14 @@ import binascii
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selfhost_cli.errors import NotSetUp, SelfhostError, UsageError
 from selfhost_cli.ledger import Ledger
-from selfhost_cli.lifecycle.extending import Reach
+from selfhost_cli.lifecycle.reaching import Reach, meet
 from selfhost_cli.model import Endpoint, Rental, State
-from selfhost_cli.remote import ConnectionLost, NotYet, Remote
+from selfhost_cli.remote import ConnectionLost, Remote
 
 KEEPER = "keeper"
 ON_THE_BOX = ("onstart", "install", "engine", "proxy", "watchdog")
@@ -96,7 +96,7 @@ class Cursor:
         if len(self._rest) > 4 * LONGEST:
             whole.append(self._rest)
             self._rest, self._skips = b"", True
-        return lines + [_tidy(line) for line in whole]
+        return lines + [tidy(line.decode(errors="replace")) for line in whole]
 
     def begin(self) -> None:
         """The first look is over: a log that was not there yet is told from its beginning."""
@@ -105,7 +105,7 @@ class Cursor:
     def finish(self) -> list[str]:
         """What is there of a line that has no end yet."""
         rest, self._rest = self._rest, b""
-        return [_tidy(rest)] if rest and not self._skips else []
+        return [tidy(rest.decode(errors="replace"))] if rest and not self._skips else []
 
 
 class Box:
@@ -138,27 +138,14 @@ class Box:
     def _connect(self) -> Remote:
         if self.rental.state not in (State.INSTALLING, State.READY):
             raise SelfhostError(f"nobody can log in to a box that is {self.rental.state}")
-        reasons: list[str] = []
-        try:
-            for endpoint in self._endpoints():
-                try:
-                    return self._reach.connect(endpoint, self.rental.host_keys, self._reach.login_key)
-                except NotYet as error:
-                    reasons.append(error.message)
-        except SelfhostError as error:  # our login key, or the market
-            reasons.append(error.message)
-        raise SelfhostError(
-            f"it cannot be reached: {'; '.join(dict.fromkeys(reasons)) or 'no address is known'}",
-            "`selfhost status` tells how the tunnel is.",
-        )
+        return meet(self.rental, replace(self._reach, endpoints=self._endpoints))[0]
 
-    def _endpoints(self) -> Iterator[Endpoint]:
-        """Where it was last, then where the market says it is now, who is not asked at each attempt."""
-        if self.rental.endpoint:
-            yield self.rental.endpoint
-        if self._clock() - self._asked_at >= MARKET_S:
-            self._asked_at = self._clock()
-            yield from (end for end in self._reach.endpoints(self.rental) if end != self.rental.endpoint)
+    def _endpoints(self, rental: Rental) -> Sequence[Endpoint]:
+        """The market is not asked at each attempt."""
+        if self._clock() - self._asked_at < MARKET_S:
+            return ()
+        self._asked_at = self._clock()
+        return self._reach.endpoints(rental)
 
 
 def chosen(words: Sequence[str]) -> tuple[str, ...]:
@@ -297,9 +284,9 @@ def _local(path: Path, offset: int) -> dict[str, tuple[int, bytes]]:
         return {}
 
 
-def _tidy(line: bytes) -> str:
+def tidy(line: str) -> str:
     """What a terminal would leave of it, and not too much."""
-    text = ESCAPES.sub("", line.decode(errors="replace"))
+    text = ESCAPES.sub("", line)
     text = next((piece for piece in reversed(text.split("\r")) if piece.strip()), "")
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from types import FrameType
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
 
@@ -44,6 +45,8 @@ def _total(what: str) -> Any:
     return typer.Option(help=f"New total in {what}; +N adds N.", show_default=False)
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Name = Annotated[str, typer.Argument(help="Of a setting.", autocompletion=completions.settings)]
 
@@ -59,6 +62,31 @@ def run(argv: Sequence[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     return 0
+
+
+@contextmanager
+def _told_as(json: bool) -> Iterator[None]:
+    """With --json, a failure is on stdout too, for the program that reads it."""
+    try:
+        yield
+    except SelfhostError as error:
+        if json:
+            from selfhost_cli.cli import render
+
+            with suppress(OSError):  # that nobody reads it is no news beside what went wrong
+                render.failed_as_json(error)
+        raise
+
+
+def _told(command: Callable[P, R]) -> Callable[P, R]:
+    """A command whose --json goes for its failures, too; not while it prints line by line."""
+
+    @functools.wraps(command)
+    def telling(*args: P.args, **options: P.kwargs) -> R:
+        with _told_as(bool(options.get("json") and not options.get("watch"))):
+            return command(*args, **options)
+
+    return telling
 
 
 @app.callback()
@@ -77,6 +105,7 @@ def options(
 
 
 @app.command()
+@_told
 def up(
     ctx: typer.Context,
     claude_args: Annotated[list[str] | None, typer.Argument(help="Behind --: arguments for claude.")] = None,
@@ -179,6 +208,7 @@ def offers(
 
 
 @app.command()
+@_told
 def down(
     ctx: typer.Context,
     everything: Annotated[bool, typer.Option("--all", help="Also boxes of other selfhost installations.")] = False,
@@ -189,7 +219,7 @@ def down(
     from selfhost_cli import lifecycle
     from selfhost_cli.cli import progress, render, wiring
 
-    with _signals_interrupt(), _told_as(json), progress.Talk() as talk:
+    with _signals_interrupt(), progress.Talk() as talk:
         settings = _settings(ctx, {"api_key": api_key})
         with wiring.world(settings, talk, needs_ledger=False) as world:
             ended = lifecycle.down(world, everything=everything)
@@ -197,6 +227,7 @@ def down(
 
 
 @app.command()
+@_told
 def reap(
     ctx: typer.Context,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="End what nobody of this installation looks after.")] = False,
@@ -209,12 +240,13 @@ def reap(
 
     if everything and not yes:
         raise UsageError("--all goes with --yes", "Without it, `selfhost reap` shows other installations' boxes too.")
-    with _signals_interrupt(), _told_as(json):
+    with _signals_interrupt():
         code = command.run(_settings(ctx, {"api_key": api_key}), yes=yes, everything=everything, json=json)
     raise typer.Exit(code)
 
 
 @app.command()
+@_told
 def status(
     ctx: typer.Context,
     watch: Annotated[
@@ -255,6 +287,7 @@ def logs(
 
 
 @app.command()
+@_told
 def cost(
     ctx: typer.Context,
     month: Annotated[str | None, typer.Option(help="YYYY-MM; default: this month.", show_default=False)] = None,
@@ -272,6 +305,7 @@ def cost(
 
 
 @app.command()
+@_told
 def extend(
     ctx: typer.Context,
     hours: Annotated[str | None, _total("hours since it was rented, as with `up`")] = None,
@@ -313,6 +347,7 @@ def ssh(
 
 
 @app.command()
+@_told
 def env(ctx: typer.Context, json: Json = False) -> None:
     """What `selfhost claude` sets, as shell lines: `eval "$(selfhost env)"` makes other clients use the same box."""
     from selfhost_cli.cli import launch, render
@@ -333,6 +368,7 @@ def env(ctx: typer.Context, json: Json = False) -> None:
 
 
 @app.command()
+@_told
 def ask(
     ctx: typer.Context,
     question: Annotated[list[str] | None, typer.Argument(help="Default: stdin.", show_default=False)] = None,
@@ -346,6 +382,7 @@ def ask(
 
 
 @answers.command("stats")
+@_told
 def cache_stats(ctx: typer.Context, json: Json = False) -> None:
     """Hits, what they saved, and what is kept."""
     from selfhost_cli.cli import cache as command
@@ -354,6 +391,7 @@ def cache_stats(ctx: typer.Context, json: Json = False) -> None:
 
 
 @answers.command("flush")
+@_told
 def cache_flush(
     ctx: typer.Context,
     model: Annotated[str, typer.Option(help="Only what this model answered.", show_default=False)] = "",
@@ -366,6 +404,7 @@ def cache_flush(
 
 
 @answers.command("show")
+@_told
 def cache_show(
     ctx: typer.Context,
     hash: Annotated[str, typer.Argument(help="The beginning of an answer's hash.", show_default=False)] = "",
@@ -386,6 +425,7 @@ def cache_key(ctx: typer.Context) -> None:
 
 
 @configuration.command("show")
+@_told
 def config_show(ctx: typer.Context, json: Json = False) -> None:
     """Every setting: its value, where that comes from, what it is. Secrets are hidden."""
     from selfhost_cli.cli import configure
@@ -394,6 +434,7 @@ def config_show(ctx: typer.Context, json: Json = False) -> None:
 
 
 @configuration.command("get")
+@_told
 def config_get(ctx: typer.Context, name: Name, json: Json = False) -> None:
     """The value of one setting, whatever sets it."""
     from selfhost_cli.cli import configure
@@ -444,6 +485,7 @@ def claude(ctx: typer.Context) -> None:
 
 
 @app.command()
+@_told
 def doctor(
     ctx: typer.Context,
     api_key: Annotated[str | None, _setting("api_key")] = None,
@@ -467,19 +509,6 @@ def demo(
 
     with _signals_interrupt():
         command.run(keep=keep, engine=engine)
-
-
-@contextmanager
-def _told_as(json: bool) -> Iterator[None]:
-    """With --json, a failure is on stdout too, for the program that reads it."""
-    try:
-        yield
-    except SelfhostError as error:
-        if json:
-            from selfhost_cli.cli import render
-
-            render.failed_as_json(error)
-        raise
 
 
 def _settings(ctx: typer.Context, flags: dict[str, Any] | None = None) -> Any:

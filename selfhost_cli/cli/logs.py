@@ -12,7 +12,7 @@ from selfhost_cli.cli import render, wiring, words
 from selfhost_cli.config import Settings
 from selfhost_cli.doctor.secrets import Secrets, known
 from selfhost_cli.ledger import Ledger
-from selfhost_cli.logs import KEEPER, Line, Note
+from selfhost_cli.logs import KEEPER, Hide, Line, Note
 
 WIDTH = max(map(len, logs.PARTS))
 
@@ -25,7 +25,7 @@ def run(settings: Settings, named: Sequence[str], *, follow: bool, lines: int, j
     parts = logs.chosen(named)
     unwritable: OSError | None = None
     with wiring.reach(settings) as (ledger, reach):
-        hide = _secrets(settings, ledger).hide
+        hide = Hiding(settings, ledger)
         rental = logs.the_box(ledger, parts)
         log = settings.paths.keeper_log
         found: Iterable[Line | Note]
@@ -59,6 +59,19 @@ def _show(one: Line | Note, *, alone: bool, json: bool) -> None:
         render.out.print(head.append(one.line))
 
 
-def _secrets(settings: Settings, ledger: Ledger) -> Secrets:
-    tokens = [one.box_token for one in ledger.all()]
-    return Secrets(known(settings.paths, os.environ, settings.api_key, tokens), os.environ)
+class Hiding:
+    """Hides the secrets of now: a box that is rented while we wait for one has a token of its own."""
+
+    def __init__(self, settings: Settings, ledger: Ledger) -> None:
+        self._settings, self._ledger = settings, ledger
+        self._known: list[str] = []
+        self._hide: Hide | None = None
+
+    def __call__(self, text: str) -> str:
+        tokens = [one.box_token for one in self._ledger.all()]
+        if self._hide is None or tokens != self._known:
+            self._known = tokens
+            self._hide = Secrets(
+                known(self._settings.paths, os.environ, self._settings.api_key, tokens), os.environ
+            ).hide
+        return self._hide(text)

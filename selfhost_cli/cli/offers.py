@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -28,7 +27,7 @@ def look(settings: Settings, *, refused: bool) -> Search:
     """What the market has now; `up --pick` counts in it from here on. `refused`: all that does not fit, too."""
     with progress.Talk() as talk, wiring.world(settings, talk, needs_ledger=False) as world:
         value = renting.search(world, everything=refused)
-    picking.remember(settings, value.choice, value.need.disk_gb, time.time())
+    picking.remember(settings, value.choice, value.need.disk_gb)
     return value
 
 
@@ -39,12 +38,13 @@ def picked(settings: Settings, number: int | None) -> Pick | None:
 
 def show(value: Search, *, everything: bool, refused: bool, json: bool) -> None:
     """Print it. Raises NothingToRent, after that, when nothing fits."""
+    error = None if value.choice.ranked else renting.nothing(value)
     if json:
-        render.as_json(value)
+        render.as_json(value, error)
     else:
         _show(value, everything, refused)
-    if not value.choice.ranked:
-        raise renting.nothing(value)
+    if error:
+        raise error
 
 
 def _show(value: Search, everything: bool, refused: bool) -> None:
@@ -69,7 +69,7 @@ def _show(value: Search, everything: bool, refused: bool) -> None:
 def show_plan(settings: Settings, value: Plan) -> None:
     """What `up` is about to do, what it costs, and what ends it: on stderr. `--pick` counts in its ranking then."""
     if not value.pick:  # a ranking of one would take the numbers away that were shown with it
-        picking.remember(settings, value.choice, value.disk_gb, time.time())
+        picking.remember(settings, value.choice, value.disk_gb)
     plan(value)
 
 

@@ -49,9 +49,10 @@ out = _Console(highlight=False, soft_wrap=True)
 err = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def as_json(value: Any) -> None:
-    """A value on stdout as JSON; dataclasses by their fields, secrets left out."""
-    out.print_json(json.dumps(_plain(value)), ensure_ascii=True)  # else it would steer the terminal as any text
+def as_json(value: Any, error: SelfhostError | None = None) -> None:
+    """A value on stdout as JSON; dataclasses by their fields, secrets left out. `error`: what it means, beside it."""
+    told = _plain(value) | _error(error) if error else _plain(value)
+    out.print_json(json.dumps(told), ensure_ascii=True)  # else it would steer the terminal as any text
 
 
 def as_json_line(value: Any) -> None:
@@ -68,12 +69,16 @@ def ready(rental: Rental, url: str) -> None:
 
 def failed_as_json(error: SelfhostError) -> None:
     """What a program reads instead of the product: the error, its exit code, and what may be billed, if anything."""
+    as_json(_error(error) | {"left": list(error.left) if isinstance(error, MayBeBilling) else []})
+
+
+def _error(error: SelfhostError) -> dict[str, object]:
     told = {"message": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
     shown = {
         name: words.in_profile(text, words.speaking_for) if isinstance(text, str) else text
         for name, text in told.items()
     }
-    as_json({"error": shown, "left": list(error.left) if isinstance(error, MayBeBilling) else []})
+    return {"error": shown}
 
 
 def invoices(bills: Sequence[Invoice]) -> None:

@@ -84,7 +84,8 @@ def _ledger(settings: Settings, report: Callable[[Event], None], needed: bool) -
     except LedgerBroken as error:
         if needed:
             raise
-        report(Event("down", "note", f"{error.message}; asking the market itself"))
+        lost = "asking the market itself, without what it knew of boxes and machines"
+        report(Event("ledger", "note", f"{error.message}; {lost}"))
         return Ledger.in_memory(broken=error.message)
 
 

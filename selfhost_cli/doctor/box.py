@@ -9,13 +9,14 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from selfhost_cli import health
+from selfhost_cli import health, logs
 from selfhost_cli.config import Settings
 from selfhost_cli.doctor.checks import Case, Finding, Line, attempt, failed, ok, skipped, warning
+from selfhost_cli.errors import SelfhostError
 from selfhost_cli.lifecycle import SIMULATED
-from selfhost_cli.lifecycle.extending import Reach
-from selfhost_cli.model import Endpoint, Rental, State
-from selfhost_cli.remote import NotYet, Remote, Result
+from selfhost_cli.lifecycle.reaching import meet
+from selfhost_cli.model import Rental, State
+from selfhost_cli.remote import Remote, Result
 
 SSH_S = 90.0
 """For all of it: two ways in, and a dozen short commands."""
@@ -27,6 +28,7 @@ FULL = 0.985
 LATE_S = 60.0
 """Its watchdog looks every few seconds."""
 BILL = "`selfhost down` ends the bill."
+OTHERWISE = "With another model or context: `selfhost down`, then `selfhost up --model NAME` or `--context TOKENS`."
 ANOTHER = "Another machine: `selfhost down`, then `selfhost up`."
 LOGS = ("engine", "proxy", "watchdog", "install", "onstart")
 NAMES = (
@@ -81,34 +83,16 @@ def lines(case: Case, settings: Settings | None, rentals: Sequence[Rental]) -> l
 
 def _look(case: Case, settings: Settings, rental: Rental) -> Iterator[Finding]:
     with case.reach(settings) as (_, reach):
-        met = _connect(rental, reach)
-        if isinstance(met, Finding):
-            yield met
+        try:
+            remote, endpoint = meet(rental, reach)
+        except SelfhostError as error:
+            yield failed("", error.message, f"{error.remedy} {BILL}")
             return
-        remote, endpoint = met
         try:
             yield ok(f"{endpoint} shows the pinned host key and lets us in")
             yield from examine(remote, rental)
         finally:
             remote.close()
-
-
-def _connect(rental: Rental, reach: Reach) -> tuple[Remote, Endpoint] | Finding:
-    """Where it was last, then where the market says it is now."""
-    reasons: list[str] = []
-    for endpoint in _endpoints(rental, reach):
-        try:
-            return reach.connect(endpoint, rental.host_keys, reach.login_key), endpoint
-        except NotYet as error:
-            reasons.append(error.message)
-    why = "; ".join(dict.fromkeys(reasons)) or "the market has no address of it"
-    return failed("", f"it cannot be reached: {why}", f"`selfhost status` tells how the tunnel is; {BILL}")
-
-
-def _endpoints(rental: Rental, reach: Reach) -> Iterator[Endpoint]:
-    if rental.endpoint:
-        yield rental.endpoint
-    yield from (end for end in reach.endpoints(rental) if end != rental.endpoint)
 
 
 def examine(remote: Remote, rental: Rental) -> Iterator[Finding]:
@@ -176,7 +160,7 @@ def process(result: Result) -> Finding:
     if not told.get("alive"):
         return failed(saw, problem or "nothing starts it again", again)
     if problem:
-        return failed(saw, problem, f"Choose another model or context: `selfhost up --help`. {BILL}")
+        return failed(saw, problem, OTHERWISE)
     return warning(saw, "it ends again and again; its log below tells why", again) if deaths > 1 else ok(saw)
 
 
@@ -210,7 +194,7 @@ def log(result: Result) -> Finding:
         return skipped("not there")
     # A line that was cut in front might begin in the middle of a secret.
     text = result.out.partition("\n")[2] if len(result.out.encode(errors="replace")) >= LOG_BYTES else result.out
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in map(logs.tidy, text.split("\n")) if line.strip()]
     return ok("\n".join(lines[-LOG_LINES:])) if lines else ok("empty")
 
 

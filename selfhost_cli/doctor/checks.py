@@ -12,7 +12,7 @@ from enum import StrEnum
 from selfhost_cli.config import Paths, Settings
 from selfhost_cli.errors import SelfhostError
 from selfhost_cli.ledger import Ledger
-from selfhost_cli.lifecycle.extending import Reach
+from selfhost_cli.lifecycle.reaching import Reach
 from selfhost_cli.providers import Provider
 
 PARTS = ("laptop", "rental", "box")

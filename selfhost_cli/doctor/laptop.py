@@ -16,10 +16,10 @@ from pathlib import Path
 
 import httpx
 
-from selfhost_cli import attach, claude
+from selfhost_cli import attach, claude, old_variables
 from selfhost_cli.config import DEFAULTS, Paths, Settings, Source
 from selfhost_cli.doctor.checks import Case, Finding, Line, failed, ok, skipped, warning
-from selfhost_cli.errors import MarketUnreachable, NoCredit, NotSetUp, SelfhostError, UsageError
+from selfhost_cli.errors import MarketUnreachable, NoCredit, NotSetUp, SelfhostError
 
 LOOK_S = 10.0
 CLAUDE_S = 20.0
@@ -33,8 +33,6 @@ CLOCK_S = 60.0
 NODE = re.compile(rb"#!.*\bnode\b")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 LOOPBACK = ("127.0.0.1", "localhost")
-OURS = ("SELFHOST_API_KEY", "VAST_API_KEY")
-"""Kept from Claude Code, and meant for us."""
 SOURCES = {"file": "config.toml", "environment": "the environment"}
 
 
@@ -47,6 +45,7 @@ def lines(case: Case, settings: Settings | None) -> list[Line]:
         Line("laptop", ("claude", "node"), lambda: _claude(override, case.env), CLAUDE_S),
         Line("laptop", ("proxies",), lambda: [proxies(case.env)], LOOK_S),
         Line("laptop", ("conflicts",), lambda: [conflicts(case.env, case.paths)], LOOK_S),
+        Line("laptop", ("old variables",), lambda: [old(case.env, case.paths)], LOOK_S),
     ]
     if settings is None:
         return [*made, Line("laptop", ("port", "market", "clock", "account key", "credit"), _unknown, LOOK_S)]
@@ -95,7 +94,9 @@ def _claude(override: str, env: Mapping[str, str]) -> Iterator[Finding]:
     if seen.version == claude.SEEN:
         yield ok(saw)
     else:
-        yield warning(saw, f"selfhost was made with {claude.SEEN}; most of another version will work", claude.INSTALL)
+        yield warning(
+            saw, f"selfhost was made with {claude.SEEN}; most of another version will work", f"`{claude.INSTALL}`"
+        )
     yield node(binary, env)
 
 
@@ -107,7 +108,7 @@ def node(binary: Path, env: Mapping[str, str]) -> Finding:
     program = shutil.which("node", path=env.get("PATH", ""))
     if not program:
         why = f"{binary} is a script for node, which is not on PATH"
-        return failed("", why, f"Install Node.js 18 or newer, or claude again: {claude.INSTALL}", NotSetUp.exit_code)
+        return failed("", why, f"Install Node.js 18 or newer, or claude again: `{claude.INSTALL}`", NotSetUp.exit_code)
     done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=LOOK_S / 2, check=False)
     version = done.stdout.strip()
     found = re.match(r"v(\d+)\.", version)
@@ -162,7 +163,9 @@ def conflicts(env: Mapping[str, str], paths: Paths) -> Finding:
     names = sorted(
         name
         for name, value in env.items()
-        if value and name not in OURS and (name in claude.CONFLICTING or name.startswith(claude.CONFLICTING_PREFIX))
+        if value
+        and name not in claude.OUR_KEYS
+        and (name in claude.CONFLICTING or name.startswith(claude.CONFLICTING_PREFIX))
     )
     if not names:
         return ok("none")
@@ -174,6 +177,16 @@ def conflicts(env: Mapping[str, str], paths: Paths) -> Finding:
         "`selfhost claude` drops them, but a plain `claude` or another client uses them",
         f"Run `unset {' '.join(names)}`.",
     )
+
+
+def old(env: Mapping[str, str], paths: Paths, folder: Path = old_variables.HERE) -> Finding:
+    """Those of the system before this one that do nothing here; names only. What conflicts is told by `conflicts`."""
+    found = [one.variable for one in old_variables.found(env, paths.state, folder)]
+    idle = [one for one in found if one.now not in (old_variables.Now.USED, old_variables.Now.CONFLICT)]
+    if not idle:
+        return ok(", ".join(f"{one.name} is used" for one in found if one.now is old_variables.Now.USED) or "none")
+    told = "\n".join(f"{one.name} is {one.now}: {one.instead}" for one in idle)
+    return warning(", ".join(one.name for one in idle), told, "`selfhost config show` tells what is set, and by what.")
 
 
 def _clock(settings: Settings) -> Iterator[Finding]:
@@ -233,7 +246,8 @@ def config(case: Case) -> tuple[Finding, Settings | None]:
     try:
         settings = case.load()
     except SelfhostError as error:
-        return failed(str(path), error.message, f"Mend it, or move it away: {path}", UsageError.exit_code), None
+        saw = str(path) if path.exists() else "no config file"
+        return failed(saw, error.message, error.remedy or f"Mend it, or move it away: {path}", error.exit_code), None
     changed = [
         f"{name}={getattr(settings, name)} ({source.name.lower()})"
         for name, source in settings.sources.items()

@@ -121,4 +121,4 @@ def _health(case: Case, rentals: Sequence[Rental]) -> Iterator[Finding]:
 
 
 def of_probe(probe: Probe) -> Finding:
-    return ok(probe.detail) if probe.ok else failed("", probe.detail, probe.remedy)
+    return ok(probe.detail) if probe.ok else failed("", probe.detail, f"{probe.remedy} {BILL}")

@@ -21,18 +21,30 @@ PIECE = 8
 """Characters: so much of a long secret is hidden wherever it stands, because others cut their lines."""
 LONG = 16
 SHORTEST = 4
-NAMED = re.compile(r"(?i)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|COOKIE|AUTH)$")
+NAMED = re.compile(r"(?i)(KEY|TOKEN|SECRET|PASS(WORD|WD|PHRASE)?|_PWD|CREDENTIALS?|COOKIE|AUTH)$")
 """Variables of the environment that hold one."""
 LEAST_OF_NAMED = 6
 """Characters: a shorter one is "true", or a number."""
+NAME = (
+    r"(?:(?:api|access|account|private)[_-]?key|(?-i:(?<=[A-Z0-9])_(?:KEY|PWD|AUTH))|secret|credentials?"
+    r"|(?<![a-z])pass|passw(?:or)?d|passphrase)"
+)
+"""What stands in front of one."""
+VALUE = r"""(?P<value>(?!…)(?:(?<=")[^"\n]+|(?<=')[^'\n]+|[^\s"'&]+))"""
+"""Behind a quote all until the next one: there may be blanks in it."""
 SHAPES = (
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
     re.compile(r"(?<=://)\S+(?=@)"),
+    # Without a scheme. Bounded, because a stranger writes the lines; of images, what follows the "@" is a checksum.
+    re.compile(r"""[^\s:@="'(,;]{1,64}:(?!//)\S{1,200}(?=@(?!sha256:)[\w\[])"""),
     re.compile(r"(?i)(?<=\bbearer )\s*\S+|(?<=\bbasic )\s*[\w+/=-]{6,}"),
-    re.compile(
-        r"""(?i)(?:api[_-]?key|token|secret|passw(?:or)?d|credentials?|authorization|private[_-]?key)["']?\s*[=:]\s*"""
-        r"""["']?(?P<value>(?!…)[^\s"',;&)]+)"""
-    ),
+    # Of these headers the rest of the line: a scheme and a word, or several pairs.
+    re.compile(r"""(?i)(?:authorization|cookie)\\*["']?\s*[=:]\s*(?P<value>[^\n]+)"""),
+    re.compile(rf"""(?i){NAME}\\*["']?\s*[=:]\s*\\*["']?{VALUE}"""),
+    # In a model's vocabulary a token is a number.
+    re.compile(rf"""(?i)token\\*["']?\s*[=:]\s*\\*["']?(?!\d{{1,6}}(?![\w.-])){VALUE}"""),
+    re.compile(rf"""(?i)--[\w-]{{0,64}}(?:key|token|secret|pass(?:w(?:or)?d|phrase)?|auth)[\s=]+["']?{VALUE}"""),
+    re.compile(r"""(?i)(?<!\S)(?:-[a-z]{0,9}u|--(?:proxy-)?user)[\s=]*["']?(?P<value>[^\s:"']+:[^\s"']+)"""),
     re.compile(r"\b(?:sk-|hf_|gh[pousr]_|glpat-|xox[a-z]-|AKIA|AIza|eyJ)[\w.-]{8,}"),
 )
 KEY_IN_CONFIG = re.compile(r"""api_key\s*=\s*["']*([^"'\s#]+)""")
@@ -53,7 +65,8 @@ class Secrets:
         self._short = sorted((value for value in whole if len(value) < LONG), key=len, reverse=True)
         forms = {form for value in whole if len(value) >= LONG for form in _forms(value)}
         self._pieces = {form[at : at + PIECE] for form in forms for at in range(len(form) - PIECE + 1)}
-        self._home = env.get("HOME", "").rstrip("/")
+        home = env.get("HOME", "").rstrip("/")
+        self._home = re.compile(rf"{re.escape(home)}(?![\w-]|\.\w)") if len(home) > 1 else None
 
     def hide(self, text: str) -> str:
         text = self._without_pieces(plain(text))
@@ -63,7 +76,7 @@ class Secrets:
             text = shape.sub(_hidden, text)
         text = HEX.sub(lambda found: HIDDEN if _bits(found[0].lower()) > BITS_OF_HEX else found[0], text)
         text = MIXED.sub(lambda found: HIDDEN if _random(found[0]) else found[0], text)
-        return text.replace(self._home, "~") if len(self._home) > 1 else text
+        return self._home.sub("~", text) if self._home else text
 
     def _without_pieces(self, text: str) -> str:
         secret = bytearray(len(text))
@@ -89,8 +102,9 @@ def known(paths: Paths, env: Mapping[str, str], account_key: str, box_tokens: It
     for name, value in env.items():
         if NAMED.search(name) and not value.startswith("/") and len(value) >= LEAST_OF_NAMED:
             yield value
-        for word in value.split() if "://" in value and "@" in value else ():
-            yield from _of_url(word)
+        proxy = name.lower().endswith("_proxy")  # needs no scheme
+        for word in value.split() if "@" in value and (proxy or "://" in value) else ():
+            yield from _of_url(word if "://" in word or not proxy else f"//{word}")
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -137,10 +137,11 @@ def _check_wishes(world: World, rental: Rental) -> None:
     for name, (holds, what) in fulfilled.items():
         if wish.sources[name] is Source.FLAG and not holds:
             option = f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"{rental} is up already; {option} cannot change what it has: {what}",
-                f"Leave {option} out, or end the box with `selfhost down` first.",
-            )
+            if name in ("hours", "max_spend", "idle"):
+                remedy = f"Move it with `selfhost extend {option} {getattr(wish, name):g}`, or leave {option} out."
+            else:
+                remedy = f"Leave {option} out, or end the box with `selfhost down` first."
+            raise UsageError(f"{rental} is up already; {option} cannot change what it has: {what}", remedy)
 
 
 def _guarded(world: World, work: Callable[[], Rental]) -> Rental:

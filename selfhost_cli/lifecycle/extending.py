@@ -6,16 +6,15 @@ never be stricter than the box.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from selfhost_cli import countdown, install, payload
 from selfhost_cli.countdown import Countdown, Measured
 from selfhost_cli.errors import NotSetUp, SelfhostError, UsageError
 from selfhost_cli.ledger import Ledger
-from selfhost_cli.model import Caps, Endpoint, Rental, State
-from selfhost_cli.remote import ConnectionLost, NotYet, Remote
+from selfhost_cli.lifecycle.reaching import Reach, meet
+from selfhost_cli.model import Caps, Rental, State
+from selfhost_cli.remote import ConnectionLost, Remote
 
 ANSWER_S = 20.0
 MOST = 99_999.0
@@ -58,15 +57,6 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Reach:
-    """How to get to a box. `endpoints` asks the market, for one that has moved."""
-
-    connect: Callable[[Endpoint, Sequence[str], Path], Remote]
-    login_key: Path
-    endpoints: Callable[[Rental], Sequence[Endpoint]]
-
-
-@dataclass(frozen=True)
 class Extended:
     """The rental with what holds now, what held before, and when that ends the box."""
 
@@ -100,7 +90,7 @@ def extend(ledger: Ledger, reach: Reach, wish: Wish, *, now: float) -> Extended:
     if wish == Wish():
         raise UsageError("nothing to move", "Pass --hours, --max-spend or --idle.")
     rental = _reachable(ledger)
-    remote = _connect(rental, reach)
+    remote, _ = meet(rental, reach, then=", and its caps are as they were")
     try:
         remote.put(payload.script("limits.sh"), f"{install.ROOT}/bin/limits.sh", mode=0o700)
         before, measured = _limits(remote)
@@ -137,29 +127,6 @@ def _checked(rental: Rental) -> Rental:
     if rental.state not in (State.INSTALLING, State.READY):
         raise SelfhostError(f"{rental} is {rental.state}: it cannot be told anything now")
     return rental
-
-
-def _connect(rental: Rental, reach: Reach) -> Remote:
-    reasons = []
-    try:
-        for endpoint in _endpoints(rental, reach):
-            try:
-                return reach.connect(endpoint, rental.host_keys, reach.login_key)
-            except NotYet as error:
-                reasons.append(error.message)
-    except SelfhostError as error:  # our login key, or the market
-        reasons.append(error.message)
-    raise SelfhostError(
-        f"it cannot be reached, and its caps are as they were: {'; '.join(dict.fromkeys(reasons))}",
-        "`selfhost status` tells how the tunnel is.",
-    )
-
-
-def _endpoints(rental: Rental, reach: Reach) -> Iterator[Endpoint]:
-    """Where it was last, then where the market says it is now."""
-    if rental.endpoint:
-        yield rental.endpoint
-    yield from reach.endpoints(rental)
 
 
 def _limits(remote: Remote, *moved: str) -> tuple[Caps, Measured | None]:

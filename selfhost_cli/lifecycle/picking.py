@@ -17,7 +17,7 @@ LOOK = "Look at what there is now: `selfhost offers`."
 
 @dataclass(frozen=True)
 class Pick:
-    """One row of a ranking as it was shown at `at`, with the terms that it was shown with."""
+    """One row of a ranking as it was shown, with the terms that it was shown with."""
 
     rank: int
     offer_id: int
@@ -29,18 +29,17 @@ class Pick:
     disk_gb: float
     """That the price was for."""
     market_url: str
-    at: float
 
     def __str__(self) -> str:
         where = self.place or "an unknown place"
         return f"number {self.rank} of the ranking shown (offer {self.offer_id}, {self.gpu} in {where})"
 
 
-def remember(settings: Settings, choice: offers.Choice, disk_gb: float, at: float) -> None:
+def remember(settings: Settings, choice: offers.Choice, disk_gb: float) -> None:
     """A ranking is about to be shown: from now on `--pick` counts in this one."""
     rows = [
         Pick(row.rank, offer.id, offer.machine_id, offer.gpu, offer.place, offer.dph_total, offer.down_per_gb,
-             disk_gb, settings.market_url, at)
+             disk_gb, settings.market_url)
         for row in choice.ranked
         for offer in (row.offer,)
     ]  # fmt: skip

@@ -300,7 +300,10 @@ def nothing(found: Search) -> NothingToRent:
     """Why nothing fits, and what would have to be looser."""
     need, refused = found.need, found.choice.refused
     if not refused:
-        return NothingToRent(f"the market has no {need.gpu} now", "Names are exact, such as `RTX 4090`. Take another card with --gpu, or try later.")
+        return NothingToRent(
+            f"the market has no {need.gpu} now",
+            "Names are exact, such as `RTX 4090`. Take another card with --gpu, or try later.",
+        )
     groups = Counter(one.rule for one in refused).most_common(4)
     single = {one.rule: one.why for one in refused}
     told = ", ".join(f"{count} × {single[rule] if count == 1 else rule}" for rule, count in groups)

@@ -361,7 +361,9 @@ def check_health(world: World, rental: Rental) -> None:
     )
     if failed := report.failed:
         wished = failed.name in ("model", "context")  # one that is not on the GPU may be the machine's fault
-        raise (NotServable if wished else BoxFailed)(f"health: {failed.name}: {failed.detail}", failed.remedy)
+        stands = rental.state is State.READY  # else it is destroyed before anybody reads this
+        remedy = failed.remedy if stands else health.ONCE_GONE.get(failed.name, health.AGAIN)
+        raise (NotServable if wished else BoxFailed)(f"health: {failed.name}: {failed.detail}", remedy)
 
 
 def _tunnel(world: World, rental: Rental) -> Front:

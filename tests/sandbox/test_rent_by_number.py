@@ -82,7 +82,10 @@ def test_the_filters_are_those_of_up(person: Person) -> None:
     assert [row["offer"]["place"] for row in some] == ["Texas, US", "Oregon, US"]
     code, out, err = person.ask("offers", "--max-price", "0.01", "--json")
     assert code == 4
-    assert json.loads(out)["choice"]["ranked"] == []
+    told = json.loads(out)
+    assert told["choice"]["ranked"] == []
+    assert (told["error"]["exit_code"], told["error"]["message"] in err) == (4, True)
+    assert "`selfhost offers --refused`, with the same options," in err
     assert "above $0.01/h" in err
     assert "--max-price" in err
 

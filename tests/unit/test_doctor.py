@@ -24,7 +24,7 @@ from selfhost_cli.doctor.checks import Case, Check, Finding, Line, Report, Verdi
 from selfhost_cli.doctor.secrets import Secrets
 from selfhost_cli.errors import KeyRefused, MarketUnreachable, NotSetUp, SelfhostError
 from selfhost_cli.ledger import Ledger
-from selfhost_cli.lifecycle.extending import Reach
+from selfhost_cli.lifecycle.reaching import Reach
 from selfhost_cli.model import BoxState, Endpoint, Instance, State
 from selfhost_cli.remote import NotYet
 from tests.fakes.clock import FakeClock
@@ -136,6 +136,40 @@ def test_the_version_of_ssh_is_read(said: str, verdict: Verdict) -> None:
     assert laptop.ssh_version(said).verdict is verdict
 
 
+def test_settings_that_cannot_be_read_are_mended_where_they_stand(tmp_path: Path) -> None:
+    where = paths(tmp_path)
+
+    def remedy(**env: str) -> str:
+        case = Case(
+            "default",
+            where,
+            env,
+            load=lambda: config.load("default", env={"SELFHOST_HOME": str(tmp_path / "selfhost"), **env}),
+            exposed=lambda _: "",
+            provider=lambda _: pytest.fail("not asked"),
+            reach=lambda _: pytest.fail("not asked"),
+        )
+        finding, settings = laptop.config(case)
+        assert (finding.verdict, settings) == (FAILED, None)
+        return finding.remedy
+
+    assert remedy(SELFHOST_HOURZ="3") == "Did you mean SELFHOST_HOURS?"
+    assert remedy(SELFHOST_HOURS="x") == "Mend or unset SELFHOST_HOURS."
+    where.config_file.parent.mkdir(parents=True)
+    where.config_file.write_text("hours = 'x'")
+    assert remedy() == f"Mend it, or move it away: {where.config_file}"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_command_that_installs_claude_is_in_one_line(width: int) -> None:
+    from selfhost_cli import claude
+
+    check = replace(a_check(WARNING), remedy=f"Install Node.js 18 or newer, or claude again: `{claude.INSTALL}`")
+    assert any(claude.INSTALL in line for line in command.lines(check, width))
+    script = (ROOT / "selfhost_cli" / "doctor" / "laptop.py").read_text()
+    assert script.count("claude.INSTALL") == script.count("`{claude.INSTALL}`"), "only what is quoted stays whole"
+
+
 def test_without_ssh_only_one_command_is_missing() -> None:
     found = laptop.ssh({"PATH": "/nowhere"})
     assert found.verdict is WARNING
@@ -192,6 +226,18 @@ def keeper(where: config.Paths, front: StubFront) -> None:
     where.make()
     where.keeper_file.write_text(json.dumps({"pid": 1, "port": front.port, "version": "0"}))
     where.front_token.write_text("front-token")
+
+
+def test_variables_of_the_old_system_are_told_by_name_with_what_to_do_instead(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("MODEL_NAME=qwen\n")
+    where = paths(tmp_path)
+    none = laptop.old({"VAST_API_KEY": "hidden-key", "ANTHROPIC_BASE_URL": "https://a.test"}, where, tmp_path / "empty")
+    assert (none.verdict, none.saw) == (OK, "VAST_API_KEY is used")
+    assert laptop.old({}, where, tmp_path / "empty").saw == "none"
+    found = laptop.old({"MODEL_NAME": "secret-model", "API_PORT": "1"}, where, tmp_path)
+    assert (found.verdict, found.saw) == (WARNING, "MODEL_NAME, API_PORT, .env")
+    assert "MODEL_NAME is ignored: set `model`" in found.why
+    assert "secret-model" not in repr(found)
 
 
 def test_a_port_is_free_or_our_keepers_or_somebody_elses(tmp_path: Path) -> None:
@@ -434,7 +480,8 @@ def test_the_probes_of_a_ready_box_are_checks_each(patient: Patient) -> None:
     told = {name: found[f"rental/health: {name}"] for name in health.PROBES}
     assert [check.verdict for check in told.values()] == [OK, OK, OK, OK, FAILED, SKIPPED, SKIPPED]
     assert told["gpu"].why == "50% of the model is on the GPU"
-    assert told["gpu"].remedy == health.REMEDIES["gpu"]
+    assert "`selfhost down`, then `selfhost up --model NAME`" in told["gpu"].remedy, "it is refused on a live box"
+    assert told["gpu"].remedy.endswith("`selfhost down` ends the bill.")
 
 
 # --- what it prints ---------------------------------------------------------------------------------------------------
@@ -460,6 +507,7 @@ def test_the_report_fits_the_terminal_and_tells_what_to_do(
             assert " ".join(check.remedy.split()) in re.sub(r"\s+", " ", out)
             assert all(command in out for command in re.findall("`[^`]+`", check.remedy)), "a command is cut in two"
     assert f"{report.count(FAILED)} failed" in out
+    assert "logs may quote from your work: read them first" in " ".join(out.split())
 
 
 def test_lines_of_a_log_stay_lines_and_markup_in_them_is_text(

@@ -121,6 +121,7 @@ def test_a_model_that_is_all_on_the_gpu_and_one_that_is_not() -> None:
     assert box.loaded(ps(21_500_000_000, 21_500_000_000), MODEL, simulated=False) == Finding(OK, "21.50 of 21.50 GB")
     spilled = box.loaded(ps(20, 19), MODEL, simulated=False)
     assert (spilled.verdict, spilled.remedy) == (FAILED, health.REMEDIES["gpu"])
+    assert "`selfhost down`, then `selfhost up --model NAME`" in spilled.remedy
     assert "5% of the model is not on the GPU" in spilled.why
     assert box.loaded(ps(20, 0), MODEL, simulated=True).verdict is WARNING
     assert box.loaded(ps(1, 1, "qwen:latest"), "Qwen", simulated=False).verdict is OK
@@ -185,6 +186,11 @@ def test_a_part_that_runs_dies_or_is_away_is_told(out: str, verdict: Verdict, sa
     assert said in f"{finding.saw} {finding.why}"
 
 
+def test_what_does_not_fit_is_changed_after_down() -> None:
+    finding = box.process(Result(0, "alive=1\ndeaths=0\nproblem=model requires more system memory\n", ""))
+    assert "`selfhost down`, then `selfhost up --model NAME`" in finding.remedy, "a live box refuses another model"
+
+
 def test_the_end_of_a_log_is_its_last_whole_lines() -> None:
     assert box.log(Result(0, "".join(f"line {n}\n" for n in range(9)), "")).saw == "\n".join(
         f"line {n}" for n in range(4, 9)
@@ -193,6 +199,11 @@ def test_the_end_of_a_log_is_its_last_whole_lines() -> None:
     assert box.log(Result(0, cut[-box.LOG_BYTES - 20 :], "")).saw.startswith("whole\n")
     assert box.log(Result(0, "y" * box.LOG_BYTES, "")).saw == "empty"
     assert box.log(Result(1, "", "tail: cannot open")).verdict is SKIPPED
+
+
+def test_a_line_of_a_log_is_what_a_terminal_would_leave_of_it() -> None:
+    assert box.log(Result(0, "first\n\x1b[31m10 %\r 50 %\r100 %\r\nlast\n", "")).saw == "first\n100 %\nlast"
+    assert len(box.log(Result(0, "y" * 5000 + "\n", "")).saw) < 2100
 
 
 # --- the commands themselves, in a home that looks like a box's --------------------------------------------------

@@ -11,7 +11,8 @@ import pytest
 
 from selfhost_cli.errors import MarketUnreachable, NotSetUp, SelfhostError, UsageError
 from selfhost_cli.ledger import Ledger
-from selfhost_cli.lifecycle.extending import Amount, Reach, Wish, amount, extend
+from selfhost_cli.lifecycle.extending import Amount, Wish, amount, extend
+from selfhost_cli.lifecycle.reaching import Reach
 from selfhost_cli.model import Caps, Endpoint, Rental, State
 from selfhost_cli.remote import ConnectionLost, NotYet, Remote, Result
 from tests.fakes.remote import RemoteFake

@@ -116,7 +116,7 @@ def good(**engine: Any) -> dict[str, object]:
             (200, {"usage": {"output_tokens": 0}}),
             ["tunnel", "proxy", "engine", "model", "gpu", "context", "token"],
             "200 {'usage': {'output_tokens': 0}}",
-            "`selfhost down` ends the bill",
+            "Run `selfhost up` to try again",
         ),
     ],
     ids=["tunnel", "proxy", "engine", "model", "token", "no token"],

@@ -883,6 +883,20 @@ def test_every_option_of_up_is_compared_with_what_is_up() -> None:
     assert {name for name, _, _ in UNFULFILLABLE} == set(config.FLAGS) - {"api_key", "attempts"}
 
 
+def test_a_box_that_is_not_healthy_is_told_by_whether_it_still_stands(stage: Stage) -> None:
+    settings = replace(stage.world.settings, context=CONTEXT + 1)  # more than the front behind it has
+    with pytest.raises(NotServable, match="health: context") as caught:
+        lifecycle.up(replace(stage.world, settings=settings), lambda plan: True)
+    assert caught.value.remedy == "Ask for less: `selfhost up --context TOKENS`."
+    assert stage.billed == 0
+    rental = lifecycle.up(stage.world, lambda plan: True)
+    stage.ledger.amend(rental.label, context=CONTEXT + 1)
+    with pytest.raises(NotServable, match="health: context") as caught:
+        lifecycle.up(replace(stage.world, settings=settings), lambda plan: True)
+    assert "`selfhost down`, then" in caught.value.remedy
+    assert stage.billed == 1
+
+
 @pytest.mark.parametrize(("name", "value", "what"), UNFULFILLABLE)
 def test_an_option_that_the_box_at_hand_cannot_fulfil_is_an_error(
     stage: Stage, name: str, value: object, what: str
@@ -892,7 +906,8 @@ def test_an_option_that_the_box_at_hand_cannot_fulfil_is_an_error(
     with pytest.raises(UsageError, match=rf"box 5001 .* is up already; --{name.replace('_', '-')} ") as caught:
         lifecycle.up(world, lambda plan: True)
     assert what in caught.value.message
-    assert "`selfhost down` first" in caught.value.remedy
+    movable = {"hours": "--hours 1", "max_spend": "--max-spend 0.5", "idle": "--idle 5"}.get(name)
+    assert (f"`selfhost extend {movable}`" if movable else "`selfhost down` first") in caught.value.remedy
     assert stage.billed == 1
 
 

@@ -16,7 +16,7 @@ from selfhost_cli import config, logs
 from selfhost_cli.doctor.secrets import Secrets
 from selfhost_cli.errors import NotSetUp, SelfhostError, UsageError
 from selfhost_cli.ledger import Ledger
-from selfhost_cli.lifecycle.extending import Reach
+from selfhost_cli.lifecycle.reaching import Reach
 from selfhost_cli.logs import Line
 from selfhost_cli.model import Endpoint, Rental, State
 from selfhost_cli.remote import NotYet

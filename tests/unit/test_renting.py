@@ -54,7 +54,7 @@ class Person:
         """`selfhost offers`."""
         world = self.world(**flags)
         found = renting.search(world)
-        picking.remember(world.settings, found.choice, found.need.disk_gb, self.market.clock.time())
+        picking.remember(world.settings, found.choice, found.need.disk_gb)
         return found
 
     def up(self, number: int | None = None, **flags: object) -> int:
@@ -243,11 +243,19 @@ def test_nothing_within_the_limits_names_the_rules_and_what_would_loosen_them(pe
     assert found.choice.ranked == ()
     told = renting.nothing(found)
     assert told.message == ("no RTX 4090 within the limits; 5 offers refused: 5 × less than 40000 MB of video memory")
-    assert told.remedy == "Loosen gpu_ram_mb, or try later. `selfhost offers --refused` tells each."
+    refused = "`selfhost offers --refused`, with the same options, tells each."
+    assert told.remedy == f"Loosen gpu_ram_mb, or try later. {refused}"
     person.market.stock = [make_offer(1), make_offer(2, dph_total=0.25)]
     told = renting.nothing(person.look(max_price=0.2))
     assert "2 × above $0.2/h" in told.message
     assert told.remedy.startswith("Loosen --max-price, or try later.")
+
+
+def test_a_card_that_nobody_offers_may_be_misspelt(person: Person) -> None:
+    person.market.stock = []
+    told = renting.nothing(person.look())
+    assert told.message == "the market has no RTX 4090 now"
+    assert told.remedy.startswith("Names are exact, such as")
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, width: int, plan: Plan) -> str:
