@@ -17,7 +17,7 @@ from multidict import CIMultiDict
 from selfhost_cli.proxy import contract, sse
 from selfhost_cli.proxy.cache import entry as entries
 from selfhost_cli.proxy.cache import key
-from selfhost_cli.proxy.cache.counters import Count, Outcome, metrics
+from selfhost_cli.proxy.cache.counters import Counters, Outcome, metrics
 from selfhost_cli.proxy.cache.entry import Entry
 from selfhost_cli.proxy.cache.flight import Flight
 from selfhost_cli.proxy.cache.key import Served
@@ -46,25 +46,6 @@ Ask = Callable[[Recipient], Awaitable[None]]
 """Sends the request on its way, and what comes of it to a recipient. Raises ProxyError when nothing does."""
 
 log = logging.getLogger("selfhost.cache")
-
-
-class Tally(Protocol):
-    """Counts how requests were answered: HIT, MISS or BYPASS. The rest is what a hit saved."""
-
-    def count(
-        self,
-        outcome: Outcome,
-        label: str,
-        cls: str,
-        *,
-        input_tokens: int = 0,
-        output_tokens: int = 0,
-        gpu_seconds: float = 0.0,
-    ) -> None: ...
-
-    async def totals(self) -> dict[tuple[str, str], Count]: ...
-
-    async def close(self) -> None: ...
 
 
 class Near(Protocol):
@@ -96,7 +77,7 @@ class Cache:
         seal: Seal,
         scope: str,
         rules: Rules,
-        tally: Tally,
+        counters: Counters,
         rental: Callable[[], str],
         similar: Similar | None = None,
     ) -> None:
@@ -104,7 +85,7 @@ class Cache:
         self._seal = seal
         self._prefix = key.prefix(scope)
         self._rules = rules
-        self._tally = tally
+        self._counters = counters
         self._rental = rental
         self._similar = similar
         self._flights: dict[str, Flight] = {}
@@ -123,7 +104,7 @@ class Cache:
         if self._similar:
             await self._similar.close()
         await self._store.close()
-        await self._tally.close()
+        await self._counters.close()
 
     async def answer(
         self, http: web.Request, body: bytes, served: Callable[[], Awaitable[Served | None]], ask: Ask
@@ -157,7 +138,7 @@ class Cache:
                 return await self._follow(http, name, flight)
 
     async def metrics(self) -> bytes:
-        return metrics(await self._tally.totals())
+        return metrics(await self._counters.totals())
 
     async def find(self, name: str) -> Entry | None:
         """What is kept under a name, opens, and is not too old: who can write to the store can put an old one back."""
@@ -185,7 +166,7 @@ class Cache:
         return request, self._rules.against(request)
 
     async def _past(self, http: web.Request, reason: str, ask: Ask) -> web.StreamResponse:
-        self._tally.count(BYPASS, self._rental(), request_class(http))
+        self._counters.count(BYPASS, self._rental(), request_class(http))
         asker = Asker(http, f"{BYPASS};{reason}")
         await ask(asker)
         return asker.response
@@ -209,7 +190,7 @@ class Cache:
         return response
 
     def _saved(self, http: web.Request, entry: Entry) -> None:
-        self._tally.count(
+        self._counters.count(
             HIT,
             self._rental(),
             request_class(http),
@@ -222,7 +203,7 @@ class Cache:
         self, http: web.Request, name: str, request: Request, anew: bool, ask: Ask, question: Question | None
     ) -> web.StreamResponse:
         """Ask, for everyone who comes meanwhile too. It goes on without this client as long as another one listens."""
-        self._tally.count(MISS, self._rental(), request_class(http))
+        self._counters.count(MISS, self._rental(), request_class(http))
         flight = self._flights[name] = Flight(request.stream)
         flight.task = asyncio.create_task(self._fly(name, flight, request_class(http), anew, ask, question))
         self._tasks.add(flight.task)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import aiohttp
 
 from selfhost_cli.proxy.cache.cache import Cache, Similar
-from selfhost_cli.proxy.cache.counters import Count
+from selfhost_cli.proxy.cache.counters import Counters
 from selfhost_cli.proxy.cache.rules import Rules
 from selfhost_cli.proxy.cache.seal import Seal
 from selfhost_cli.proxy.cache.stores import Store
@@ -26,40 +27,12 @@ SCOPE = "testscope"
 
 
 @dataclass
-class Tally:
-    """What was counted, in order."""
-
-    told: list[tuple[str, str, str]] = field(default_factory=list)
-    saved: list[tuple[int, int]] = field(default_factory=list)
-
-    def count(
-        self,
-        outcome: str,
-        label: str,
-        cls: str,
-        *,
-        input_tokens: int = 0,
-        output_tokens: int = 0,
-        gpu_seconds: float = 0.0,
-    ) -> None:
-        self.told.append((outcome, label, cls))
-        if outcome == "hit":
-            self.saved.append((input_tokens, output_tokens))
-
-    async def totals(self) -> dict[tuple[str, str], Count]:
-        return {("rental-1", "main"): Count(hits=sum(told[0] == "hit" for told in self.told))}
-
-    async def close(self) -> None:
-        pass
-
-
-@dataclass
 class Laptop:
     """A client of a front that is up."""
 
     url: str
     session: aiohttp.ClientSession
-    tally: Tally
+    counters: Counters
     cache: Cache
     target: Upstream | Away
 
@@ -96,13 +69,14 @@ async def laptop(
     rules: Rules | None = None,
     similar: Similar | None = None,
 ) -> AsyncIterator[Laptop]:
-    tally = Tally()
-    cache = Cache(store, Seal(key), scope, rules or Rules(), tally, lambda: "rental-1", similar)
-    made: list[Laptop] = []
-    app = build_front(FRONT, lambda: made[0].target, dict, lambda usage: None, {}, cache)
-    async with serving(app) as url, aiohttp.ClientSession() as session:
-        made.append(Laptop(url, session, tally, cache, target))
-        yield made[0]
+    with TemporaryDirectory() as folder:
+        counters = Counters(Path(folder) / "counters")
+        cache = Cache(store, Seal(key), scope, rules or Rules(), counters, lambda: "rental-1", similar)
+        made: list[Laptop] = []
+        app = build_front(FRONT, lambda: made[0].target, dict, lambda usage: None, {}, cache)
+        async with serving(app) as url, aiohttp.ClientSession() as session:
+            made.append(Laptop(url, session, counters, cache, target))
+            yield made[0]
 
 
 @asynccontextmanager
