@@ -395,12 +395,13 @@ def cache_stats(ctx: typer.Context, json: Json = False) -> None:
 def cache_flush(
     ctx: typer.Context,
     model: Annotated[str, typer.Option(help="Only what this model answered.", show_default=False)] = "",
+    scope: Annotated[str | None, typer.Option(help="Of this scope; default: ours.", show_default=False)] = None,
     json: Json = False,
 ) -> None:
-    """Forget the answers of this scope."""
+    """Forget the answers of a scope."""
     from selfhost_cli.cli import cache as command
 
-    command.flush(_settings(ctx), model, json=json)
+    command.flush(_settings(ctx, {"cache_scope": scope}), model, json=json)
 
 
 @answers.command("show")

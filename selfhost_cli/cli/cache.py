@@ -84,7 +84,7 @@ def _stats(value: Stats) -> None:
     whole = value.total
     rows += [
         ("hits", f"{whole.hits} of {whole.hits + whole.misses}{ratio}, {whole.bypasses} passed by"),
-        ("saved", f"{whole.gpu_seconds:.0f} s of the GPU ({render.money(value.saved_dollars)})"),
+        ("saved", f"{whole.gpu_seconds:.0f} s that these answers had once taken ({render.money(value.saved_dollars)})"),
         ("tokens saved", f"{whole.input_tokens} in, {whole.output_tokens} out"),
     ]
     if value.similar:
@@ -94,7 +94,7 @@ def _stats(value: Stats) -> None:
     if value.classes:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("class")
-        for name in ("hits", "misses", "passed by", "GPU s"):
+        for name in ("hits", "misses", "passed by", "s saved"):
             table.add_column(name, justify="right")
         for cls, one in value.classes.items():
             table.add_row(escape(cls), str(one.hits), str(one.misses), str(one.bypasses), f"{one.gpu_seconds:.0f}")

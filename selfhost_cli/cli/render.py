@@ -197,7 +197,7 @@ def _status(value: state.Status) -> Iterator[str]:
 def _saved(bill: Invoice) -> str:
     assert bill.saved
     saved = bill.saved
-    spared = f"{saved.gpu_seconds:.0f} s of the GPU ({money(bill.saved_dollars)}) saved"
+    spared = f"{saved.gpu_seconds:.0f} s ({money(bill.saved_dollars)}) saved"
     return f"{saved.requests} requests, {saved.input_tokens} tokens in, {saved.output_tokens} out; {spared}"
 
 

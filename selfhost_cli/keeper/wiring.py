@@ -42,8 +42,8 @@ def cache(settings: Settings, rental: Callable[[], str]) -> Cache | None:
     """The cache of answers; without it when it cannot be set up: whoever pays for a box shall be able to use it."""
     try:
         return caching.cache(settings, os.environ, rental)
-    except SelfhostError as error:
-        log.error("no answers are cached: %s %s", error.message, error.remedy)
+    except (SelfhostError, OSError) as error:
+        log.error("no answers are cached: %s", error)
         return None
 
 

@@ -146,7 +146,7 @@ def collect(events: Iterable[Json]) -> Json:
             case {"type": "content_block_delta", "delta": {"type": _, "signature": _}}:
                 pass
             case {"type": "content_block_delta", "delta": dict(delta)}:
-                pieces[-1].append(next(value for key, value in delta.items() if key != "type"))
+                pieces[-1].append(next((value for key, value in delta.items() if key != "type"), ""))
             case {"type": "message_delta", "delta": dict(delta), "usage": dict(usage)}:
                 message |= delta | {"usage": usage}
     blocks = [_whole(block, "".join(part)) for block, part in zip(message["content"], pieces, strict=True)]

@@ -21,7 +21,16 @@ from selfhost_cli.proxy.cache.cache import Cache
 from selfhost_cli.proxy.cache.key import Served
 from selfhost_cli.proxy.codec import decode, tokens
 from selfhost_cli.proxy.contract import Json, load
-from selfhost_cli.proxy.errors import API_ERROR, OVERLOADED, error_object, invalid, not_found, overloaded, reason_of
+from selfhost_cli.proxy.errors import (
+    API_ERROR,
+    OVERLOADED,
+    ProxyError,
+    error_object,
+    invalid,
+    not_found,
+    overloaded,
+    reason_of,
+)
 from selfhost_cli.proxy.recipient import Asker, Recipient
 from selfhost_cli.proxy.web import PING_EVERY, PUBLIC, application, is_probe, read_body, request_class, trace, upload
 
@@ -31,6 +40,8 @@ BACK_S, SETTLED_S, LOOK_S = 15.0, 2.0, 0.1
 """How long a request that had come to nothing waits for a new connection to the box, unless the old one stays."""
 WHO_S = 2.0
 """Within it a box has to say what it serves, or the cache keeps out of it."""
+NOT_SAID_S = 10.0
+"""So long is a box that did not say so left alone."""
 HEAD_S = 60.0
 """So long may the second try's head take; of a stream it comes at once."""
 SILENT_S = 6 * PING_EVERY
@@ -120,7 +131,8 @@ class _Front:
         self._on_usage = on_usage
         self._control = control
         self._cache = cache
-        self._identity: tuple[str, Served | None] = ("", None)
+        self._known: tuple[Upstream, Served | None, float] | None = None
+        self._last: Served | None = None
         self._asking = asyncio.Lock()
 
     def application(self) -> web.Application:
@@ -192,18 +204,25 @@ class _Front:
         return box
 
     async def _served(self) -> Served | None:
-        """What would answer now; while no box does, what did last. None: it does not say so."""
+        """What would answer now; while no box does, what did last. None: it does not say so, and is asked again later.
+
+        Whoever asks meanwhile waits for the same answer.
+        """
+        clock = asyncio.get_running_loop().time
         async with self._asking:
             target = self._upstream()
-            if isinstance(target, Away) or target.url == self._identity[0]:
-                return self._identity[1]
+            if isinstance(target, Away):
+                return self._last
+            if self._known and self._known[0] == target:
+                _, served, asked = self._known
+                if served or clock() - asked < NOT_SAID_S:
+                    return served
             try:
                 async with asyncio.timeout(WHO_S):
                     served = _identity(await self._box_health())
             except TimeoutError:
-                return None
-            if served:
-                self._identity = (target.url, served)
+                served = None
+            self._known, self._last = (target, served, clock()), served or self._last
             return served
 
     async def _relay(self, http: web.Request) -> web.StreamResponse:
@@ -224,6 +243,8 @@ class _Front:
             raise overloaded(f"the box is {target.state}: {target.reason}", target.retry_after)
         metered = _metered(http)
         answer, target = await self._ask(http, body, target, wait=metered)
+        if recipient.begun and answer.status != 200:
+            raise await _refusal(answer)  # its status would come too late
         trace().cls = request_class(http) if metered else "other"
         meter = _Meter(streaming=answer.content_type == "text/event-stream") if metered else None
         relayed = _Relayed(recipient, meter)
@@ -477,6 +498,18 @@ def _usage(data: str | bytes) -> Json:
         return {}
     usage = message.get("usage") if isinstance(message, dict) else None
     return usage if isinstance(usage, dict) else {}
+
+
+async def _refusal(answer: aiohttp.ClientResponse) -> ProxyError:
+    """What the box says instead of an answer, as an error that can still be told."""
+    try:
+        async with asyncio.timeout(HEAD_S):
+            error = decode(await _at_most(MAX_HEALTH, answer))["error"]
+        return ProxyError(answer.status, str(error["type"]), str(error["message"]))
+    except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError):
+        return overloaded(f"the box answers {answer.status}", RETRY_AFTER)
+    finally:
+        answer.close()
 
 
 async def _at_most(limit: int, response: aiohttp.ClientResponse) -> bytes:

@@ -59,6 +59,7 @@ async def test_health_says_what_ollama_says_of_itself_and_of_the_model(tmp_path:
         "context": 8192,
         "slots": 1,
         "version": "0.34.0",
+        "digest": "abc",
         "size": 1000,
         "size_vram": 900,
         "capabilities": ["completion", "tools"],

@@ -128,6 +128,8 @@ def test_flush_forgets_one_models_answers_or_all_of_this_scope(run: Run, setting
         return names
 
     assert asyncio.run(others()) == [key.prefix("another") + HASHES[0]]
+    assert json.loads(run("flush", "--scope", "another", "--json")) == {"forgotten": 1}
+    assert asyncio.run(others()) == []
 
 
 def test_flush_forgets_the_questions_too(run: Run, settings: Settings) -> None:

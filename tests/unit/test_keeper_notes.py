@@ -161,3 +161,14 @@ def test_a_cache_that_cannot_be_set_up_is_told_and_keeps_nobody_from_the_box(
     assert wiring.cache(settings, str) is None
     assert "no answers are cached: the URL of Redis is wrong" in caplog.text
     assert "hunter2" not in caplog.text
+
+
+def test_a_key_of_the_cache_that_cannot_be_read_keeps_nobody_from_the_box_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SELFHOST_HOME", str(tmp_path))
+    settings = config.load("default")
+    settings.paths.make()
+    settings.paths.cache_key.mkdir()
+    assert wiring.cache(settings, str) is None
+    assert "no answers are cached" in caplog.text

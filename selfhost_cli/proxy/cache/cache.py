@@ -8,8 +8,9 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
@@ -68,6 +69,20 @@ class Similar(Protocol):
 Question = tuple[str, str]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request on its way. `serves`: what its name was made of; `served`: what would answer now."""
+
+    name: str
+    cls: str
+    streamed: bool
+    anew: bool
+    question: Question | None
+    serves: Served
+    served: Callable[[], Awaitable[Served | None]]
+    ask: Ask
+
+
 class Cache:
     """The answers of one scope. `rental`: the label of the box that is there now, for the counting."""
 
@@ -117,25 +132,32 @@ class Cache:
         serves = None if against else await served()
         if request is None or serves is None:
             return await self._past(http, against or "not known what is served", ask)
-        name = self._prefix + key.digest(request, serves)
-        anew = wanted == "no-cache"
-        question = key.question(request, serves) if self._similar and request_class(http) in (AUXILIARY, ASK) else None
+        cls = request_class(http)
+        asked = _Asked(
+            name=self._prefix + key.digest(request, serves),
+            cls=cls,
+            streamed=request.stream,
+            anew=wanted == "no-cache",
+            question=key.question(request, serves) if self._similar and cls in (AUXILIARY, ASK) else None,
+            serves=serves,
+            served=served,
+            ask=ask,
+        )
         while True:
-            if not anew and (found := await self.find(name)):
-                return self._again(http, request, found, HIT)
-            if not anew and question and (found := await self._find_similar(question)):
-                return self._again(http, request, found, SIMILAR)
-            flight = self._flights.get(name)
+            if found := await self._known(asked):
+                return self._again(asked, *found)
+            flight = self._flights.get(asked.name)
             if flight is None:
-                return await self._lead(http, name, request, anew, ask, question)
-            if flight.streamed and request.stream:
-                return await self._follow(http, name, flight)
-            with self._listening(name, flight):
-                await flight.ended()
+                return await self._lead(http, asked)
+            in_time = not flight.over
+            if in_time and flight.streamed and asked.streamed:
+                return await self._follow(http, asked, flight)
+            with self._listening(asked.name, flight):
+                await flight.landed.wait()
             if flight.entry:
-                return self._again(http, request, flight.entry, TOGETHER)
-            if flight.streamed is request.stream:
-                return await self._follow(http, name, flight)
+                return self._again(asked, flight.entry, TOGETHER)
+            if in_time and flight.streamed is asked.streamed:
+                return await self._follow(http, asked, flight)
 
     async def metrics(self) -> bytes:
         return metrics(await self._counters.totals())
@@ -147,15 +169,19 @@ class Cache:
         found = entries.unpack(plain) if plain else None
         return found if found and time.time() < found.at + self._rules.lifetime(found.cls) else None
 
-    async def _find_similar(self, question: Question) -> Entry | None:
-        assert self._similar
-        near = await self._similar.find(*question)
-        if near is None:
+    async def _known(self, asked: _Asked) -> tuple[Entry, str] | None:
+        """What is kept of the same, or of a similar question, and what the answer says of that."""
+        if asked.anew:
             return None
-        found = await self.find(near.key)
-        if found is None:
-            await self._similar.forget(near.key)
-        return found
+        if found := await self.find(asked.name):
+            return found, HIT
+        near = await self._similar.find(*asked.question) if self._similar and asked.question else None
+        if not near or not self._similar:
+            return None
+        if found := await self.find(near.key):
+            return found, SIMILAR
+        await self._similar.forget(near.key)
+        return None
 
     def _readable(self, body: bytes) -> tuple[Request | None, str]:
         """The request, and why the cache keeps out of it."""
@@ -171,45 +197,47 @@ class Cache:
         await ask(asker)
         return asker.response
 
-    def _again(self, http: web.Request, request: Request, found: Entry, note: str) -> web.StreamResponse:
-        trace().cls, trace().outcome = request_class(http), HIT
+    def _again(self, asked: _Asked, found: Entry, note: str) -> web.StreamResponse:
+        trace().cls, trace().outcome = asked.cls, HIT
         trace().input_tokens, trace().output_tokens = found.input_tokens, found.output_tokens
-        self._saved(http, found)
+        self._count(asked.cls, found)
         headers = {NOTE: note, "request-id": trace().id}
-        if request.stream:
+        if asked.streamed:
             return web.Response(body=found.stream(), headers=EVENTS | headers)
         return web.Response(body=found.whole(), content_type="application/json", headers=headers)
 
-    async def _follow(self, http: web.Request, name: str, flight: Flight) -> web.StreamResponse:
-        """Hear what somebody else asked for, from its beginning on and as it comes."""
-        trace().cls, trace().outcome = request_class(http), "followed"
-        with self._listening(name, flight):
-            response = await flight.tell(http, TOGETHER)
-        if flight.entry:
-            self._saved(http, flight.entry)
-        return response
+    async def _lead(self, http: web.Request, asked: _Asked) -> web.StreamResponse:
+        """Ask, for everyone who comes meanwhile too. It goes on without this client as long as another one listens."""
+        self._count(asked.cls, None)
+        flight = self._flights[asked.name] = Flight(asked.streamed)
+        flight.task = asyncio.create_task(self._fly(asked, flight))
+        self._tasks.add(flight.task)
+        flight.task.add_done_callback(self._tasks.discard)
+        with self._listening(asked.name, flight):
+            return await flight.tell(http, f"{BYPASS};no-cache" if asked.anew else MISS, first=True)
 
-    def _saved(self, http: web.Request, entry: Entry) -> None:
+    async def _follow(self, http: web.Request, asked: _Asked, flight: Flight) -> web.StreamResponse:
+        """Hear what somebody else asked for, from its beginning on and as it comes."""
+        trace().cls, trace().outcome = asked.cls, "followed"
+        if flight.landed.is_set():
+            self._count(asked.cls, flight.entry)
+        else:
+            flight.followers.append(asked.cls)
+        with self._listening(asked.name, flight):
+            return await flight.tell(http, TOGETHER)
+
+    def _count(self, cls: str, saved: Entry | None) -> None:
+        if saved is None:
+            self._counters.count(MISS, self._rental(), cls)
+            return
         self._counters.count(
             HIT,
             self._rental(),
-            request_class(http),
-            input_tokens=entry.input_tokens,
-            output_tokens=entry.output_tokens,
-            gpu_seconds=entry.seconds,
+            cls,
+            input_tokens=saved.input_tokens,
+            output_tokens=saved.output_tokens,
+            gpu_seconds=saved.seconds,
         )
-
-    async def _lead(
-        self, http: web.Request, name: str, request: Request, anew: bool, ask: Ask, question: Question | None
-    ) -> web.StreamResponse:
-        """Ask, for everyone who comes meanwhile too. It goes on without this client as long as another one listens."""
-        self._counters.count(MISS, self._rental(), request_class(http))
-        flight = self._flights[name] = Flight(request.stream)
-        flight.task = asyncio.create_task(self._fly(name, flight, request_class(http), anew, ask, question))
-        self._tasks.add(flight.task)
-        flight.task.add_done_callback(self._tasks.discard)
-        with self._listening(name, flight):
-            return await flight.tell(http, f"{BYPASS};no-cache" if anew else MISS, first=True)
 
     @contextmanager
     def _listening(self, name: str, flight: Flight) -> Iterator[None]:
@@ -224,30 +252,33 @@ class Cache:
                 flight.task.cancel()
 
     def _land(self, name: str, flight: Flight) -> None:
+        """Nobody joins it from here on, and what came of it is known."""
         if self._flights.get(name) is flight:
             del self._flights[name]
+        while flight.followers:
+            self._count(flight.followers.pop(), flight.entry)
+        flight.landed.set()
 
-    async def _fly(self, name: str, flight: Flight, cls: str, anew: bool, ask: Ask, question: Question | None) -> None:
+    async def _fly(self, asked: _Asked, flight: Flight) -> None:
         failure = None
         try:
-            found = None if anew else await self._turn(name, flight)
+            found = None if asked.anew else await self._turn(asked.name, flight)
             if found:
                 await self._pass_on(found, flight)
             else:
                 began = time.monotonic()
-                async with self._leased(name):
-                    await ask(flight)
-                    await self._keep(name, flight, cls, time.monotonic() - began)
-                if question and self._similar and flight.entry:
-                    await self._similar.learn(*question, name)
+                async with self._leased(asked.name):
+                    await asked.ask(flight)
+                    flight.end(None)  # who listens need not wait for what follows
+                    await self._keep(asked, flight, time.monotonic() - began)
         except ProxyError as error:
             failure = error
         except Exception:
             log.exception("id=%s a bug of ours", trace().id)
             failure = ProxyError(500, API_ERROR, "the proxy failed; its log says why")
         finally:
-            self._land(name, flight)
             flight.end(failure)
+            self._land(asked.name, flight)
 
     async def _turn(self, name: str, flight: Flight) -> Entry | None:
         """Ours to ask; or what came of it when another laptop did. Streams hear meanwhile that somebody is there."""
@@ -260,9 +291,8 @@ class Cache:
                     await flight.begin(200, None, CIMultiDict(EVENTS), None)
                 await flight.write(sse.PING)
             await asyncio.sleep(LOOK_S)
-            if found := await self.find(name):
-                return found
-        return None
+        # also when it was ours at once: another one may have kept it after we looked
+        return await self.find(name)
 
     @asynccontextmanager
     async def _leased(self, name: str) -> AsyncIterator[None]:
@@ -289,17 +319,26 @@ class Cache:
             await flight.begin(200, None, CIMultiDict({"content-type": "application/json"}), len(whole))
             await flight.write(whole)
 
-    async def _keep(self, name: str, flight: Flight, cls: str, seconds: float) -> None:
-        """What of it is worth keeping. To read it costs more than all the rest, and is done aside."""
-        if not flight.whole or self._store.trouble:
+    async def _keep(self, asked: _Asked, flight: Flight, seconds: float) -> None:
+        """What of it is worth keeping; nobody's answer depends on it. To read it costs the most, and is done aside."""
+        if not flight.whole:
             return
-        now = time.time()
-        read = partial(entries.read, flight.body(), streamed=flight.streamed, cls=cls, at=now, seconds=seconds)
-        entry = await asyncio.to_thread(read)
-        if isinstance(entry, str):
-            log.info("id=%s not kept: %s", trace().id, entry)
-            return
-        flight.entry = entry
-        plain = entry.pack()
-        if len(plain) <= entries.LARGEST:
-            await self._store.put(name, self._seal.shut(plain, name), self._rules.lifetime(cls))
+        try:
+            if await asked.served() != asked.serves:
+                log.info("id=%s not kept: another box answered than was asked", trace().id)
+                return
+            now = time.time()
+            how: dict[str, Any] = {"streamed": flight.streamed, "cls": asked.cls, "at": now, "seconds": seconds}
+            entry = await asyncio.to_thread(partial(entries.read, flight.body(), **how))
+            if isinstance(entry, str):
+                log.info("id=%s not kept: %s", trace().id, entry)
+                return
+            flight.entry = entry
+            if self._store.trouble:
+                return
+            sealed = self._seal.shut(entry.pack(), asked.name)
+            await self._store.put(asked.name, sealed, self._rules.lifetime(asked.cls))
+            if asked.question and self._similar:
+                await self._similar.learn(*asked.question, asked.name)
+        except Exception:
+            log.exception("id=%s not kept: a bug of ours", trace().id)

@@ -14,6 +14,8 @@ from selfhost_cli.proxy.errors import ProxyError, new_id
 
 LARGEST = 4 * 2**20
 """Bytes of an answer that is kept, before it is packed."""
+MOST_READ = 2 * LARGEST
+"""Bytes of events that are looked through for one."""
 PIECE = 512
 """Characters of a text that is told in one go: smaller ones would cost the most of a hit."""
 WHOLE = frozenset({"end_turn", "tool_use", "stop_sequence"})
@@ -98,12 +100,14 @@ def unpack(data: bytes) -> Entry | None:
 
 def read(answer: bytes, *, streamed: bool, cls: str, at: float, seconds: float) -> Entry | str:
     """The entry that a box's whole answer makes, else why it must not be kept."""
+    if len(answer) > MOST_READ:
+        return "it is too large"
     try:
         message = collect(_events(answer)) if streamed else decode(answer)
         return _entry(message, cls, at, seconds)
     except ProxyError as error:
         return error.message
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except Exception:  # a stranger's bytes; whatever is wrong with them, they are not kept
         return "it has not the form of an answer"
 
 
@@ -116,9 +120,13 @@ def _entry(message: Any, cls: str, at: float, seconds: float) -> Entry | str:
     blocks = [_plain(block) for block in message["content"]]
     if not blocks:
         return "it is empty"
-    return Entry(
-        blocks, message["stop_reason"], message["stop_sequence"], usage, str(message["model"]), cls, at, seconds
-    )
+    model, reason = str(message["model"]), message["stop_reason"]
+    entry = Entry(blocks, reason, message["stop_sequence"], usage, model, cls, at, seconds)
+    packed = entry.pack()
+    if len(packed) > LARGEST:
+        return "it is too large"
+    # numbers that JSON has no words for, or orjson no room
+    return entry if unpack(packed) == entry else "it cannot be written down as it is"
 
 
 def _plain(block: Json) -> Json:

@@ -16,7 +16,8 @@ from selfhost_cli.proxy.web import trace
 
 MOST = 32 * 2**20
 """Bytes of an answer that are held for those who are yet to read them: more than any context has tokens."""
-_ID = re.compile(rb'"id":\s?"(msg|toolu)_[0-9a-f]{24}"')
+_ID = re.compile(rb'"id":"(msg|toolu)_[0-9a-f]{24}"')
+"""As our own proxy writes them, so that another one has the same length."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,17 @@ class Head:
 class Flight:
     """A recipient that remembers all it got, so that who comes later hears it from the beginning.
 
-    `entry`: what was kept of it. `over`: nothing more comes of it. `listeners`: how many wait for it.
+    `over`: nothing more comes of it. `landed`: and it is known what could be made of it, the `entry`. `listeners`: how
+    many wait for it; `followers`: the classes of the requests that joined it.
     """
 
     def __init__(self, streamed: bool) -> None:
         self.streamed = streamed
         self.entry: Entry | None = None
         self.over = False
+        self.landed = asyncio.Event()
         self.listeners = 0
+        self.followers: list[str] = []
         self.task: asyncio.Task[None] | None = None
         self._head: Head | None = None
         self._chunks: list[bytes] = []
@@ -74,7 +78,9 @@ class Flight:
         self._wake()
 
     def end(self, failure: ProxyError | None) -> None:
-        """`failure`: why nothing came of it, or nothing more."""
+        """`failure`: why nothing came of it, or nothing more. Only the first time counts."""
+        if self.over:
+            return
         if failure and self._head:
             if self.streamed:
                 self._chunks.append(sse.encode(failure.body(trace().id)))
@@ -82,10 +88,6 @@ class Flight:
                 self._torn = True
         self._failure, self.over = failure, True
         self._wake()
-
-    async def ended(self) -> None:
-        while not self.over:
-            await self._moved.wait()
 
     async def tell(self, http: web.Request, note: str, *, first: bool = False) -> web.StreamResponse:
         """All of it to one client, under ids of its own unless it is the `first`. Raises the failure if there is no
@@ -98,10 +100,11 @@ class Flight:
                 await response.prepare(http)
             elif response and at < len(self._chunks):
                 data, at = b"".join(self._chunks[at:]), len(self._chunks)
-                await response.write(data if first or not self.streamed else _renamed(data, names))
-            elif self._torn and http.transport:
-                http.transport.abort()
-                await moved.wait()
+                await response.write(data if first else _renamed(data, names, self.streamed))
+            elif response and self._torn:
+                if http.transport:
+                    http.transport.abort()
+                return response
             elif not self.over:
                 await moved.wait()
             elif response:
@@ -121,10 +124,11 @@ def _response(head: Head, note: str) -> web.StreamResponse:
     return response
 
 
-def _renamed(data: bytes, names: dict[bytes, bytes]) -> bytes:
-    """A stream's events with other ids. No text can hold such a thing: a quote in a text is never bare."""
+def _renamed(data: bytes, names: dict[bytes, bytes], streamed: bool) -> bytes:
+    """With other ids. In a stream no text can hold such a thing: a quote in a text is never bare. In a whole message
+    what a tool is called with might, so only the first one is another."""
 
     def other(found: re.Match[bytes]) -> bytes:
         return names.setdefault(found[0], b'"id":"%b"' % new_id(found[1].decode()).encode())
 
-    return _ID.sub(other, data)
+    return _ID.sub(other, data, count=0 if streamed else int(not names))

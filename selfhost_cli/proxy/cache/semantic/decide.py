@@ -96,9 +96,6 @@ class Semantic:
         """The exact cache has no answer under that key any more."""
         await self._index.forget(key)
 
-    async def clear(self) -> None:
-        await self._index.clear()
-
     def _serve(self, known: Known, similarity: float) -> Found | None:
         self._index.use(known)
         self._note("served" if self._mode == "on" else "would_serve")

@@ -125,11 +125,6 @@ class Index:
                 if self._file:
                     await self._file.ask(partial(_write, id="", sealed=b"", gone=[self._slots[number].id]), None)
 
-    async def clear(self) -> None:
-        self._slots, self._used = [], OrderedDict()
-        if self._file:
-            await self._file.ask(_delete_all, None)
-
     def _put(self, slot: _Slot, vector: Vector) -> list[str]:
         """The ids of those that had to go."""
         if len(vector) != self._vectors.shape[1]:
@@ -191,7 +186,3 @@ def _write(db: sqlite3.Connection, id: str, sealed: bytes, gone: list[str]) -> N
     db.executemany("DELETE FROM questions WHERE id = ?", [(one,) for one in gone])
     if id:
         db.execute("INSERT INTO questions (id, sealed) VALUES (?, ?)", (id, sealed))
-
-
-def _delete_all(db: sqlite3.Connection) -> None:
-    db.execute("DELETE FROM questions")
