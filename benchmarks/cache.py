@@ -39,7 +39,7 @@ LARGE, SMALL, UPLOAD = 60_000, 300, 100_000
 HITS, HITS_ON_ONE_CORE, CLIENTS, MISSES = 300, 2000, 8, 60
 STAMPEDE = 200
 REQUEST_S = 30.0
-P50_GOAL_MS, RATE_GOAL, ADDED_GOAL_MS = 1.5, 1000.0, 55.0
+P50_GOAL_MS, RATE_GOAL, ADDED_GOAL_MS = 1.5, 1000.0, 50.0
 """The last one: `redis_timeout` is 50 ms, and a busy machine wakes later."""
 HIT = "hit"
 
@@ -72,14 +72,15 @@ async def messages(http):
     await response.write(b"".join(pieces[1:]))
     return response
 async def health(http):
-    return web.json_response({"status": "healthy", "engine": "stub", "model": "stub", "digest": "stub", "asked": asked})
+    told = dict.fromkeys(("engine", "model", "digest", "version"), "stub")
+    return web.json_response({"status": "healthy", "asked": asked, **told})
 app = web.Application(client_max_size=2**26)
 app.router.add_get("/health", health)
 app.router.add_post("/v1/messages", messages)
 async def main():
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await web.TCPSite(runner, "127.0.0.1", 0, backlog=512).start()
     print(runner.addresses[0][1], flush=True)
     await asyncio.Event().wait()
 asyncio.run(main())
@@ -99,7 +100,7 @@ async def main():
     target = Upstream(sys.argv[1], sys.argv[2], "benchmark")
     app = runner(build_front(sys.argv[2], lambda: target, dict, lambda usage: None, {}, cache))
     await app.setup()
-    await web.TCPSite(app, "127.0.0.1", 0).start()
+    await web.TCPSite(app, "127.0.0.1", 0, backlog=512).start()
     print(app.addresses[0][1], flush=True)
     await asyncio.Event().wait()
 asyncio.run(main())

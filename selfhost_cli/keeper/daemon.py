@@ -33,6 +33,8 @@ from selfhost_cli.proxy.web import runner as hosted
 TICK_S = 1.0
 IDLE_EXIT_S = 3.0
 PORTS = 50
+BACKLOG = 512
+"""Connections that may wait to be taken: of more at once, some come a second late."""
 REASONS = 8
 """Of one state of a link, so many are noted at most: what a box says may be in them."""
 
@@ -90,7 +92,7 @@ class _Keeper:
         runner = hosted(self._front())
         await runner.setup()
         listener = _listen(_candidates(self._settings))
-        await web.SockSite(runner, listener).start()
+        await web.SockSite(runner, listener, backlog=BACKLOG).start()
         port = listener.getsockname()[1]
         self._announce(port)
         log.info("keeper %s of profile %s on port %s", __version__, self._settings.profile, port)
@@ -330,7 +332,7 @@ def _listen(ports: Sequence[int]) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", port))
-            listener.listen(128)
+            listener.listen(BACKLOG)
         except OSError:
             listener.close()
             continue
