@@ -264,6 +264,7 @@ class Cache:
         try:
             found = None if asked.anew else await self._turn(asked.name, flight)
             if found:
+                await self._store.leave(asked.name, self._owner)  # or a third laptop would wait for its end
                 await self._pass_on(found, flight)
             else:
                 began = time.monotonic()

@@ -131,4 +131,6 @@ def _renamed(data: bytes, names: dict[bytes, bytes], streamed: bool) -> bytes:
     def other(found: re.Match[bytes]) -> bytes:
         return names.setdefault(found[0], b'"id":"%b"' % new_id(found[1].decode()).encode())
 
-    return _ID.sub(other, data, count=0 if streamed else int(not names))
+    if streamed:
+        return _ID.sub(other, data)
+    return data if names else _ID.sub(other, data, count=1)

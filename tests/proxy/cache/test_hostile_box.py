@@ -18,6 +18,7 @@ from aiohttp import web
 from selfhost_cli.proxy import front as front_module
 from selfhost_cli.proxy.cache import cache as cache_module
 from selfhost_cli.proxy.cache import entry as entries
+from selfhost_cli.proxy.cache.flight import _renamed
 from selfhost_cli.proxy.cache.stores.local import LocalStore
 from selfhost_cli.proxy.front import Upstream
 from tests.proxy.cache.kit import Laptop, laptop
@@ -248,6 +249,21 @@ async def test_what_was_kept_between_looking_and_asking_is_told(tmp_path: Path) 
         _, events = await front.answer(STREAM)
     check_grammar(events)
     assert box.asked == 1
+    third = LocalStore(tmp_path / "answers", 2**24)
+    await third.start()
+    [name] = [name async for name in third.names("selfhost:")]
+    assert await third.take(name, "third", 1), "who found it keeps nobody from asking"
+    await third.close()
+
+
+def test_in_a_whole_message_only_its_own_id_becomes_another() -> None:
+    first, second = b'{"id":"msg_' + b"0" * 24 + b'"', b'{"id":"toolu_' + b"0" * 24 + b'"}}'
+    names: dict[bytes, bytes] = {}
+    renamed = _renamed(first, names, False)
+    assert renamed != first
+    assert len(renamed) == len(first)
+    assert _renamed(second, names, False) == second
+    assert _renamed(second, {}, True) != second
 
 
 @asynchronous
