@@ -1,11 +1,21 @@
-"""What every benchmark here prints: figures as a table, or as JSON with what missed its goal first."""
+"""What every benchmark here prints: figures as a table, or as JSON with what missed its goal first.
+
+    .venv/bin/python benchmarks/figures.py
+
+prints the machine that they are measured on.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -53,3 +63,24 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def machine() -> str:
+    """One line: the day, the processor, its cores, the memory, the load of the last minute, system and Python."""
+    model = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return ", ".join(
+        [
+            date.today().isoformat(),
+            model[1] if model else platform.machine(),
+            f"{len(os.sched_getaffinity(0))} cores",
+            f"{memory:.0f} GB",
+            f"load {os.getloadavg()[0]:.1f}",
+            f"Linux {platform.release().partition('-')[0]}",
+            f"Python {platform.python_version()}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(machine())

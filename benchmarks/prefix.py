@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,15 +46,19 @@ GOAL = 99.0
 ANSWER_TOKENS = 2
 """In the replay: what is answered does not matter, nor that a call which is cut off is refused."""
 CLASS = "x-claude-code-request-class"
+OF_THE_REQUEST = ("anthropic-", "x-claude-code-", "x-app", "user-agent")
+"""How the headers begin that an upstream may go by."""
+ALLOWED = "Agent,Bash,Edit,Read,WebSearch"
 LAUNCHER = Path(selfhost_cli.__file__).parent / "templates" / "llamacpp.py"
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One request of Claude Code's. `step`: which command it was a part of."""
+    """One request of Claude Code's. `step`: which command it was a part of. `headers`: those about the request."""
 
     step: str
     cls: str
+    headers: Mapping[str, str] = field(repr=False)
     body: Json = field(repr=False)
 
 
@@ -203,7 +207,9 @@ class Recorder:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                recorder.requests.append(Recorded(recorder.step, self.headers.get(CLASS) or "unnamed", body))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                kept = {name: value for name, value in headers.items() if name.startswith(OF_THE_REQUEST)}
+                recorder.requests.append(Recorded(recorder.step, headers.get(CLASS, "unnamed"), kept, body))
                 block = recorder.answers.pop(0) if recorder.answers else text("There is nothing more to say.")
                 self.send_response(200)
                 self.send_header("content-type", "text/event-stream")
@@ -244,32 +250,43 @@ def events(block: Json, number: int) -> Iterator[Json]:
     yield {"type": "message_stop"}
 
 
-def record(place: Path, program: Path, *, launched: bool) -> list[Recorded]:
+def record(
+    place: Path,
+    program: Path,
+    *,
+    launched: bool,
+    session: Sequence[Step] = SESSION,
+    system: Sequence[str] = ("--system-prompt", demo.SYSTEM_PROMPT),
+    context: int = CONTEXT,
+) -> list[Recorded]:
+    """`system`: arguments of every command. A folder `project` that is there is used as it is."""
     folder, home = place / "project", place / "home"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (home / ".claude").mkdir(parents=True)
     (folder / "note.txt").write_text("The secret word is walnut.\n" * 3)
     (folder / "plan.md").write_text("We sail at dawn.\n")
     first = ""
     with Recorder() as recorder:
-        for step in SESSION:
+        for step in session:
             recorder.step = step.name
             recorder.answers = json.loads(json.dumps(step.answers).replace("{folder}", str(folder)))
             words = ["-p", step.prompt, *(["--resume", first] if step.goes_on else []), "--output-format", "json"]
-            words += ["--tools", step.tools, "--allowedTools", step.tools, "--system-prompt", demo.SYSTEM_PROMPT]
-            said = run_claude(program, words, folder, home, recorder.url, launched=launched)
+            words += ["--tools", step.tools, "--allowedTools", ALLOWED, *system]
+            said = run_claude(program, words, folder, home, recorder.url, launched=launched, context=context)
             first = first or said["session_id"]
             if recorder.answers:
                 sys.exit(f"Claude Code did not ask as often as expected for: {step.name}: {said.get('result')!r}")
     return recorder.requests
 
 
-def run_claude(program: Path, words: Sequence[str], folder: Path, home: Path, url: str, *, launched: bool) -> Json:
+def run_claude(
+    program: Path, words: Sequence[str], folder: Path, home: Path, url: str, *, launched: bool, context: int = CONTEXT
+) -> Json:
     """As `selfhost claude` launches it, or with no more than it needs to find the server."""
     argv, env = (str(program), *words), plain(home, url)
     if launched:
         launch = claude.launch(
-            program, words, url=url, token=TOKEN, model=MODEL, context=CONTEXT, env={"PATH": os.defpath}, home=home
+            program, words, url=url, token=TOKEN, model=MODEL, context=context, env={"PATH": os.defpath}, home=home
         )
         argv, env = launch.argv, dict(launch.env)
     done = subprocess.run(
@@ -324,9 +341,18 @@ def counters(server: str) -> tuple[int, int]:
 
 
 def last_prompt(server: str) -> list[int]:
+    return tokenized(server, rendered(server))
+
+
+def rendered(server: str) -> str:
     """What the only slot read last, as the chat template rendered it."""
     [slot] = httpx.get(f"{server}/slots", timeout=30, trust_env=False).raise_for_status().json()
-    asked = {"content": slot["prompt"], "parse_special": True, "add_special": False}
+    prompt: str = slot["prompt"]
+    return prompt
+
+
+def tokenized(server: str, prompt: str) -> list[int]:
+    asked = {"content": prompt, "parse_special": True, "add_special": False}
     answer = httpx.post(f"{server}/tokenize", json=asked, timeout=30, trust_env=False)
     tokens: list[int] = answer.raise_for_status().json()["tokens"]
     return tokens
@@ -340,9 +366,9 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 @contextmanager
-def engine(folder: Path, python: Path, model: Path) -> Iterator[str]:
+def engine(folder: Path, python: Path, model: Path, context: int = CONTEXT) -> Iterator[str]:
     port = folder / "engine.port"
-    words = ["--model", str(model), "--alias", MODEL, "--context", str(CONTEXT), "--port-file", str(port)]
+    words = ["--model", str(model), "--alias", MODEL, "--context", str(context), "--port-file", str(port)]
     # so that /slots shows the prompt
     env = {"PATH": os.defpath, "LLAMA_SERVER_SLOTS_DEBUG": "1"}
     with child([str(python), str(LAUNCHER), *words], env, folder / "engine.log"):

@@ -66,6 +66,14 @@ PASSED_ON = frozenset(
 PASSED_ON_PREFIXES = ("SELFHOST_", "VAST_", "REDIS_", "XDG_", "LC_", "PYTHON", "LD_", "DYLD_", "COVERAGE_")
 
 
+class Refused(SelfhostError):
+    """The keeper's own word for why it does not do what it was asked; `said` is only that."""
+
+    def __init__(self, message: str, said: str) -> None:
+        super().__init__(message)
+        self.said = said
+
+
 @dataclass(frozen=True)
 class Front:
     """A listener that proved that it is ours."""
@@ -141,7 +149,8 @@ def call(front: Front, name: str, body: Mapping[str, Any] | None = None, *, time
     except OSError as error:
         raise SelfhostError(f"the keeper on {front.url} does not answer {name!r}: {error}", "Try again.") from error
     if status != 200 or not isinstance(answer, dict):
-        raise SelfhostError(f"the keeper on {front.url} refused {name!r}: {status} {_said(answer)}".rstrip())
+        said = _said(answer)
+        raise Refused(f"the keeper on {front.url} refused {name!r}: {status} {said}".rstrip(), said)
     return answer
 
 
@@ -233,7 +242,10 @@ def _start(settings: Settings) -> int:
 
 def _environment(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
     """What the keeper needs of ours, flags included. It lives for hours and needs none of a shell's other secrets."""
-    kept = {name: value for name, value in env.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)}
+    from selfhost_cli import backends
+
+    passed = PASSED_ON | backends.variables(settings.paths)
+    kept = {name: value for name, value in env.items() if name in passed or name.startswith(PASSED_ON_PREFIXES)}
     flags = [name for name, source in settings.sources.items() if source is Source.FLAG]
     return kept | {f"SELFHOST_{name.upper()}": str(getattr(settings, name)) for name in flags}
 

@@ -26,6 +26,12 @@ DECIDES_THE_MODE = ("--permission-mode", "--dangerously-skip-permissions")
 NOTICED_AT = ("UserPromptSubmit", "Stop")
 """Hooks that show a `systemMessage` to the person only: neither the model nor `-p` prints a word of it."""
 LOOK_S = 10
+FIRST_REQUEST = 19_300
+"""Tokens with which a session of 2.1.330 begins, its full set of tools included; counted with a Qwen tokenizer."""
+CONVERSATION = 8_000
+"""Tokens of work that there shall be room for before it is summed up: a few files that were read, and answers."""
+COMPACTION = 13_000
+"""Tokens that Claude Code keeps free for that, beside an answer."""
 # Claude Code answers these at once, before it loads anything, but only where no other argument precedes them.
 ANSWERED_AT_ONCE = ("--version", "-v")
 
@@ -215,8 +221,21 @@ def execute(launch: Launch) -> NoReturn:
         raise NotSetUp(f"{launch.argv[0]} cannot be run: {error.strerror}", f"Install it again: `{INSTALL}`") from error
 
 
+def compacts_at(context: int, max_output: int = 8192) -> int:
+    """Tokens of a conversation at which Claude Code sums it up, seen with 2.1.330; 0 or less: in every turn."""
+    return context - min(max_output, _room(context), 20_000) - COMPACTION
+
+
+def least_context() -> int:
+    """Tokens below which an interactive session makes no sense: it would be summed up before it is a conversation."""
+    context = FIRST_REQUEST + CONVERSATION + COMPACTION
+    while compacts_at(context) < FIRST_REQUEST + CONVERSATION:
+        context += 1
+    return context
+
+
 def _room(context: int) -> int:
-    """Output tokens that leave room for a prompt: compaction begins at context - this - 13 000."""
+    """Output tokens that leave room for a prompt."""
     return max(256, context // 8)
 
 
@@ -254,7 +273,7 @@ def _settings(args: Sequence[str], env: Mapping[str, str], notice: Notice | None
     options = {option.split("=")[0] for option in (args[: args.index("--")] if "--" in args else args)}
     if "--settings" in options or (args and args[0] in ANSWERED_AT_ONCE):
         return ()
-    user = _user_settings(env)
+    user = user_settings(env)
     ours: dict[str, object] = {}
     if options.isdisjoint(DECIDES_THE_MODE) and not _mode_decided(user):
         ours |= AUTO_MODE_OFF
@@ -283,7 +302,7 @@ def _show(path: Path) -> str:
     return f"cat '{quoted}' 2>/dev/null || true"
 
 
-def _user_settings(env: Mapping[str, str]) -> dict[str, Any]:
+def user_settings(env: Mapping[str, str]) -> dict[str, Any]:
     """The user's settings, {} when they cannot be read: what is wrong with them is Claude Code's to say."""
     folder = env.get("CLAUDE_CONFIG_DIR") or os.path.join(env.get("HOME") or Path.home(), ".claude")
     return _json_object(Path(folder) / "settings.json")

@@ -57,6 +57,16 @@ class Paths:
         return self.config / "config.toml"
 
     @property
+    def backends(self) -> Path:
+        """The backends that one can choose beside the rented box, see `backends`."""
+        return self.config / "backends.toml"
+
+    @property
+    def use(self) -> Path:
+        """Which of them serve."""
+        return self.state / "use.json"
+
+    @property
     def ledger(self) -> Path:
         return self.state / "ledger.sqlite3"
 
@@ -89,6 +99,11 @@ class Paths:
     def notice_for_hooks(self) -> Path:
         """The same as JSON for its hooks."""
         return self.state / "notice.json"
+
+    @property
+    def prefixes(self) -> Path:
+        """What Claude Code begins its prompts with, see `prefix`."""
+        return self.state / "prefixes.json"
 
     @property
     def cache_key(self) -> Path:
@@ -150,7 +165,7 @@ class Settings:
         "", "vast.ai account key, safest in the environment; else the vast CLI's own key file", secret=True
     )
     market_url: str = _setting(LIVE_MARKET, "the market's base URL")
-    poll: float = _setting(5.0, "seconds between two questions to the market")
+    poll: float = _setting(3.0, "seconds between two questions to the market")
     pace: float = _setting(1.0, "stretches the market's own intervals between two calls; 0 does not keep them")
     listing_lag: float = _setting(60.0, "seconds the market's listing may lag behind a create or a destroy")
     gpu: str = _setting("RTX 4090", "the exact name of the card at the market, such as RTX 3090; a box has one")
@@ -185,13 +200,17 @@ class Settings:
     model_url: str = _setting("", "where llamacpp's model file comes from")
     model_sha256: str = _setting("", "its checksum")
     model_bytes: int = _setting(19_000_000_000, "size of the model, when no registry can be asked for it")
-    context: int = _setting(65_536, "context window in tokens")
+    context: int = _setting(65_536, "context window in tokens, of each slot")
+    slots: int = _setting(1, "conversations the engine answers at once; each takes the memory of a context")
+    kv_cache_type: str = _setting("q8_0", "what the engine keeps of a conversation as: f16, q8_0 or q4_0")
+    small_context: bool = _setting(False, "take a context that interactive use of Claude Code does not fit in")
     pip_args: str = _setting("", "arguments for pip on the box")
     proxy_requirements: str = _setting(
         "aiohttp==3.14.5 orjson==3.13.0 prometheus-client==0.26.0", "what the proxy on the box is run with"
     )
     engine_requirements: str = _setting("xllamacpp==2026.10.11549", "what llamacpp is installed from")
     port: int = _setting(8001, "the local port Claude Code talks to; the next free one when taken")
+    prewarm: bool = _setting(True, "have the box read what Claude Code begins its prompts with before you ask")
     cache_enabled: bool = _setting(True, "keep answers, and give them again to the same request")
     cache_ttl: float = _setting(24.0, "hours an answer is kept")
     cache_ttl_by_class: str = _setting("", "the same for a class of requests, such as auxiliary=168,main=12")
@@ -250,6 +269,9 @@ FLAGS = (
     "max_price",
     "model",
     "context",
+    "slots",
+    "kv_cache_type",
+    "small_context",
     "engine",
     "disk",
     "hours",
@@ -261,12 +283,17 @@ FLAGS = (
 )
 """The settings that `selfhost up` takes as options."""
 POSITIVE = (
-    *("hours", "max_spend", "max_price", "idle", "lease", "poll", "port", "context", "disk", "attempts"),
+    *("hours", "max_spend", "max_price", "idle", "lease", "poll", "port", "context", "slots", "disk", "attempts"),
     *("cache_ttl", "cache_size", "redis_timeout"),
     *(f"{stage}_timeout" for stage in STAGES),
 )
 """Zero would end a box at once, or never."""
-ONE_OF = {"cache_store": ("local", "redis"), "cache_semantic": ("off", "shadow", "on"), "redis_tls": ("", "on", "off")}
+ONE_OF = {
+    "cache_store": ("local", "redis"),
+    "cache_semantic": ("off", "shadow", "on"),
+    "redis_tls": ("", "on", "off"),
+    "kv_cache_type": ("f16", "q8_0", "q4_0"),
+}
 NAMED = ("model", "engine", "image", "gpu")
 URLS = ("market_url", "registry", "ollama_url", "model_url")
 OTHER_VARIABLES = ("home", "profile", "cache", "lease_s", "idle_s", "ollama_sha256", "ollama_bytes", "name")

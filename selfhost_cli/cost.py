@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import UsageError
@@ -37,13 +37,17 @@ class PerMillion:
 
 @dataclass(frozen=True)
 class Cost:
-    """Dollars paid for so many tokens. `overall` is per million of all tokens; None where there were none."""
+    """Dollars paid for so many tokens. `overall` is per million of all tokens; None where there were none.
+
+    `spared_s`: seconds of reading prompts that reused tokens saved; None where nobody saw how fast the engine reads.
+    """
 
     dollars: float
     usage: Usage
     list_dollars: float
     per_million: PerMillion | None
     overall: float | None
+    spared_s: float | None
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Sold:
+    """What a backend answered in the month. `dollars`: at its own prices, None where it was removed since."""
+
+    name: str
+    usage: Usage
+    dollars: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """What is rented now, and every rental that began in the month (YYYY-MM, local time), each counted whole."""
 
@@ -68,22 +81,32 @@ class Report:
     total: Cost
     estimated: int
     """So many of the month's rentals the market has no figures for yet."""
+    sold: tuple[Sold, ...] = ()
 
 
 def report(
-    rentals: Iterable[Rental], usage: Mapping[str, Usage], price: PerMillion, month: str, *, now: float
+    rentals: Iterable[Rental],
+    usage: Mapping[str, Usage],
+    price: PerMillion,
+    month: str,
+    *,
+    now: float,
+    sold: Iterable[Sold] = (),
 ) -> Report:
     """`usage` by label. Rentals that never became a box are left out: they cost nothing."""
     rows = [_row(rental, usage.get(rental.label, Usage()), price, now) for rental in rentals if rental.instance_id]
     of_month = tuple(row for row in rows if month_of(row.began) == month)
     dollars = sum(row.invoice.total for row in of_month)
+    total = cost(dollars, _together(row.cost.usage for row in of_month), price)
+    spared = [row.cost.spared_s for row in of_month if row.cost.spared_s is not None]  # each engine at its own rate
     return Report(
         month=month,
         list_price=price,
         running=tuple(row for row in rows if row.running),
         rentals=of_month,
-        total=cost(dollars, _together(row.cost.usage for row in of_month), price),
+        total=replace(total, spared_s=sum(spared) if spared else None),
         estimated=sum(row.invoice.estimated for row in of_month),
+        sold=tuple(sold),
     )
 
 
@@ -96,6 +119,7 @@ def cost(dollars: float, usage: Usage, price: PerMillion) -> Cost:
         list_dollars=listed,
         per_million=price.times(dollars / listed) if listed else None,
         overall=dollars / tokens * 1e6 if tokens else None,
+        spared_s=usage.spared_s,
     )
 
 
@@ -105,6 +129,12 @@ def list_price(settings: Settings) -> PerMillion:
 
 def month_of(at: float) -> str:
     return time.strftime("%Y-%m", time.localtime(at))
+
+
+def span(month: str) -> tuple[float, float]:
+    """When it began, and when it ended or will, in Unix seconds."""
+    year, number = map(int, month.split("-"))
+    return time.mktime((year, number, 1, 0, 0, 0, 0, 0, -1)), time.mktime((year, number + 1, 1, 0, 0, 0, 0, 0, -1))
 
 
 def month(text: str) -> str:
@@ -121,5 +151,4 @@ def _row(rental: Rental, usage: Usage, price: PerMillion, now: float) -> Row:
 
 
 def _together(usages: Iterable[Usage]) -> Usage:
-    parts = [(one.requests, one.input_tokens, one.cached_tokens, one.output_tokens) for one in usages]
-    return Usage(*(sum(column) for column in zip(*parts, strict=True)))
+    return Usage(*(sum(column) for column in zip(*map(astuple, usages), strict=True)))

@@ -27,14 +27,14 @@ REMEDIES = {
     "engine": "It may still be loading: look at `selfhost status` in a minute.",
     "model": "Choose another one: `selfhost down`, then `selfhost up --model NAME`.",
     "gpu": "Choose a smaller one: `selfhost down`, then `selfhost up --model NAME` or `selfhost up --context TOKENS`.",
-    "context": "Ask for less: `selfhost down`, then `selfhost up --context TOKENS`.",
+    "context": "Ask for less: `selfhost down`, then `selfhost up --context TOKENS`; `selfhost models` shows what fits.",
     "token": "Run `selfhost up` to try again; `selfhost logs engine` may tell why.",
 }
 """While the box stands."""
 ONCE_GONE = {
     "model": "Choose another one: `selfhost up --model NAME`.",
     "gpu": "Choose a smaller one: `selfhost up --model NAME` or `selfhost up --context TOKENS`.",
-    "context": "Ask for less: `selfhost up --context TOKENS`.",
+    "context": "Ask for less: `selfhost up --context TOKENS`; `selfhost models` shows what fits on a card.",
 }
 """Of a box that never got ready, which `up` has destroyed."""
 AGAIN = "Run `selfhost up` to try again."
@@ -42,9 +42,10 @@ AGAIN = "Run `selfhost up` to try again."
 
 @dataclass(frozen=True)
 class HealthReport:
-    """The probes in order; the first failure is the last probe."""
+    """The probes in order; the first failure is the last probe. `context`: the real one, where it was told."""
 
     probes: tuple[Probe, ...]
+    context: int | None = None
 
     @property
     def failed(self) -> Probe | None:
@@ -52,22 +53,32 @@ class HealthReport:
 
 
 def check(
-    front: Front, *, model: str, context: int, gpu: bool, report: Callable[[Event], None], token_s: float = 120.0
+    front: Front,
+    *,
+    model: str,
+    context: int,
+    gpu: bool,
+    report: Callable[[Event], None],
+    least: int | None = None,
+    token_s: float = 120.0,
 ) -> HealthReport:
     """Probe tunnel and proxy, engine, model, context and one real token; stops at the first failure.
 
-    `gpu`: the box has a real one, so the model must be on it. `token_s`: seconds that the token may take. `report` is
-    told when each begins and ends.
+    `gpu`: the box has a real one, so the model must be on it. `least`: of `context`, when less than all of it will do.
+    `token_s`: seconds that the token may take. `report` is told when each begins and ends.
     """
 
     def begin(name: str) -> None:
         report(Event(f"health: {name}", "start"))
 
     found: list[Probe] = []
-    for probe in probes(front, model=model, context=context, gpu=gpu, token_s=token_s, begin=begin):
+    told: list[int] = []
+    for probe in probes(
+        front, model=model, context=context, gpu=gpu, token_s=token_s, begin=begin, least=least, real=told.append
+    ):
         found.append(probe)
         report(Event(f"health: {probe.name}", "done" if probe.ok else "fail", probe.detail))
-    return HealthReport(tuple(found))
+    return HealthReport(tuple(found), told[0] if told else None)
 
 
 def probes(
@@ -78,8 +89,13 @@ def probes(
     gpu: bool,
     token_s: float,
     begin: Callable[[str], None] = lambda name: None,
+    least: int | None = None,
+    real: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Probe]:
-    """What `check` reports, one by one; `begin` is told each name before it is asked. The first failure is the last."""
+    """What `check` reports, one by one; `begin` is told each name before it is asked. The first failure is the last.
+
+    `real` is told the box's context.
+    """
     with httpx.Client(
         base_url=front.url,
         headers={"Authorization": f"Bearer {front.token}"},
@@ -87,14 +103,21 @@ def probes(
         trust_env=False,
         verify=False,  # plain http on loopback; loading certificates takes 60 ms
     ) as client:
-        for probe in _probes(client, model, context, gpu, token_s, begin):
+        for probe in _probes(client, model, context, context if least is None else least, gpu, token_s, begin, real):
             yield probe
             if not probe.ok:
                 return
 
 
 def _probes(
-    client: httpx.Client, model: str, context: int, gpu: bool, token_s: float, begin: Callable[[str], None]
+    client: httpx.Client,
+    model: str,
+    context: int,
+    least: int,
+    gpu: bool,
+    token_s: float,
+    begin: Callable[[str], None],
+    tell: Callable[[int], None],
 ) -> Iterator[Probe]:
     began = time.monotonic()
 
@@ -128,8 +151,11 @@ def _probes(
         yield verdict("gpu", share >= LEAST_ON_GPU, f"{share:.0%} of the model is on the GPU")
     start("context")
     real = box.get("context")
-    fits = isinstance(real, int) and real >= context
-    yield verdict("context", fits, f"{real} tokens" if fits else f"{real} tokens, promised {context}")
+    whole = isinstance(real, int) and real >= context
+    if isinstance(real, int):
+        tell(real)
+    fits = isinstance(real, int) and real >= least
+    yield verdict("context", fits, f"{real} tokens" if whole else f"{real} tokens, promised {context}")
     start("token")
     answer = _token(client, model, token_s)
     yield verdict("token", not answer.startswith("!"), answer.removeprefix("!"))

@@ -6,6 +6,7 @@ hand, and goes on when the laptop goes away in the middle.
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ RENEW_LEASE = (
     " [ -e bin/watchdog.sh ] && command -v flock >/dev/null || exit 0;"
     " sh bin/watchdog.sh </dev/null >>log/watchdog.log 2>&1 &"
 )
+# What the model is served with: while the launcher tries what fits, "loaded" is false; a problem comes instead.
+SHAPE = "cd ~/.selfhost/run && cat engine.problem 2>/dev/null || cat engine.fit 2>/dev/null || true"
 LIMITS = "sh ~/.selfhost/bin/limits.sh"
 HOST_KEY = "sh ~/.selfhost/bin/hostkey.sh"
 ARMED = "cat ~/.selfhost/run/armed 2>/dev/null || true"
@@ -49,6 +52,7 @@ _AGAIN = "run `selfhost up` to try again, or `selfhost down` to end the bill"
 class InstallSpec:
     """What a box shall run. `url`, `size` (bytes) and `sha256` are llamacpp's model file; None or "": unknown.
 
+    `context` is that of each of the `slots`, the answers that are generated at once.
     `pip_args` and the requirements are words as pip takes them, separated by spaces. `archive` is what Ollama's release
     archive must be, None when none was seen yet: then it is what comes from `ollama_url`. `registry` is where its
     models come from, "" for its own.
@@ -69,6 +73,8 @@ class InstallSpec:
     ollama_version: str = ""
     archive: Archive | None = None
     registry: str = ""
+    slots: int = 1
+    kv_cache_type: str = "q8_0"
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,8 @@ def env_file(spec: InstallSpec) -> bytes:
         "MODEL_SHA256": spec.sha256,
         "MODEL_BYTES": "" if spec.size is None else str(spec.size),
         "CONTEXT": str(spec.context),
+        "SLOTS": str(spec.slots),
+        "KV_CACHE_TYPE": spec.kv_cache_type,
         "TOKEN": spec.token,
         "VERSION": spec.version,
         "PIP_ARGS": spec.pip_args,
@@ -147,6 +155,23 @@ def parse(line: str) -> Event | None:
 def armed(remote: Remote) -> str:
     """What became of the watchdog's trial call: "ok", "refused <why>", or "" while it is still trying."""
     return remote.run(ARMED).out.strip()
+
+
+def settled(remote: Remote) -> bool:
+    """Whether the engine's launcher has found what fits into the card: until then it may load the model once more.
+
+    Raises BoxFailed with what it says when nothing fits. A launcher that says nothing has nothing to find.
+    """
+    said = remote.run(SHAPE).out.strip()
+    if not said.startswith("{"):
+        if said:
+            raise BoxFailed(f"the model cannot be loaded as it should be: {said}", _AGAIN)
+        return True
+    try:
+        told = json.loads(said)
+    except ValueError:
+        return True  # what it is worth, the health check finds out
+    return not isinstance(told, dict) or told.get("loaded") is not False
 
 
 def _upload(remote: Remote, wanted: dict[str, tuple[bytes, int]], report: Callable[[Event], None]) -> None:

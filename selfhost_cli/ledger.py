@@ -32,13 +32,17 @@ CREATE TABLE events (
 ) STRICT;
 CREATE TABLE usage (
     at REAL NOT NULL, label TEXT NOT NULL, class TEXT NOT NULL,
-    input_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL
+    input_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL,
+    prompt_s REAL NOT NULL DEFAULT 0.0
 ) STRICT;
 CREATE INDEX usage_label ON usage (label);
 CREATE INDEX events_label ON events (label);
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 """
-VERSION = 1
+VERSION = 2
+SINCE_1 = "ALTER TABLE usage ADD COLUMN prompt_s REAL NOT NULL DEFAULT 0.0"
+READ = 256
+"""Tokens of a prompt that have to be new for its seconds to tell how fast the engine reads."""
 
 
 class LedgerBroken(MayBeBilling):
@@ -47,12 +51,19 @@ class LedgerBroken(MayBeBilling):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens that went through a box."""
+    """Tokens that went through a box. Reading `read_tokens` of the prompts took its engine `read_s` seconds."""
 
     requests: int = 0
     input_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    read_tokens: int = 0
+    read_s: float = 0.0
+
+    @property
+    def spared_s(self) -> float | None:
+        """Seconds that the reused tokens would have taken at that rate; None where it was never seen."""
+        return self.cached_tokens * self.read_s / self.read_tokens if self.read_tokens else None
 
 
 class Ledger:
@@ -190,27 +201,35 @@ class Ledger:
         """(time, kind, text) of every transition, with its reason."""
         return self._rows("SELECT at, kind, text FROM events WHERE label = ? ORDER BY rowid", label)
 
-    def add_usage(self, label: str, kind: str, usage: Usage) -> None:
+    def add_usage(self, label: str, kind: str, usage: Usage, prompt_s: float = 0.0) -> None:
+        """Of one request; the engine read what was new of its prompt in `prompt_s` seconds, 0 where it did not say."""
+        row = (label, kind, usage.input_tokens, usage.cached_tokens, usage.output_tokens, prompt_s)
         with self._transaction() as db:
-            db.execute(
-                "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)",
-                (time.time(), label, kind, usage.input_tokens, usage.cached_tokens, usage.output_tokens),
-            )
+            db.execute("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?)", (time.time(), *row))
 
-    def usage(self, label: str) -> Usage:
-        return self.usages().get(label, Usage())
+    def usage(self, label: str, *, since: float = 0.0) -> Usage:
+        return self.usages(since=since).get(label, Usage())
 
-    def usages(self) -> dict[str, Usage]:
-        """Of each rental that was used, by label."""
+    def usages(self, *, since: float = 0.0, until: float = float("inf")) -> dict[str, Usage]:
+        """Of each rental and each backend that was used between two times, by label."""
+        timed = f"prompt_s > 0 AND input_tokens - cached_tokens >= {READ}"
         rows = self._rows(
-            "SELECT label, count(*), total(input_tokens), total(cached_tokens), total(output_tokens)"
-            " FROM usage GROUP BY label"
+            "SELECT label, count(*), sum(input_tokens), sum(cached_tokens), sum(output_tokens),"
+            f" sum(iif({timed}, input_tokens - cached_tokens, 0)), total(iif({timed}, prompt_s, 0))"
+            " FROM usage WHERE at >= ? AND at < ? GROUP BY label",
+            since,
+            until,
         )
-        return {label: Usage(*(int(value) for value in sums)) for label, *sums in rows}
+        return {label: Usage(*sums) for label, *sums in rows}
 
     def _check_version(self) -> None:
         version = self._rows("PRAGMA user_version")[0][0]
-        if version != VERSION:
+        if version == 1:
+            with self._transaction() as db:
+                if db.execute("PRAGMA user_version").fetchone()[0] == 1:  # else another process was faster
+                    db.execute(SINCE_1)
+                    db.execute(f"PRAGMA user_version = {VERSION}")
+        elif version != VERSION:
             raise LedgerBroken(
                 f"{self.path} was written by another version of selfhost (schema {version}, ours is {VERSION})",
                 "Use that version, or end every box with `selfhost down` and move the file away.",

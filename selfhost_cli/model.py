@@ -224,6 +224,13 @@ class Rental:
     """Its watchdog is armed: without one it does not end by itself."""
     blameless: bool = False
     """The machine had no part in its end."""
+    slots: int = 1
+    """Answers at once, each with all of `context`, as they were asked for."""
+    context_asked: int | None = None
+    """What was asked for, where the card has room for `context` only."""
+    kv_cache_type: str = "q8_0"
+    changing: bool = False
+    """It is being brought to another model, or that was begun and not ended."""
     disk_gb: float | None = None
     """Rented with it; None in records of older versions."""
     heard: Heard | None = None

@@ -19,7 +19,6 @@ class Now(StrEnum):
     USED = "used"
     AT_CHOICE = "used at choice"
     IGNORED = "ignored"
-    NOT_YET = "not used yet"
     CONFLICT = "conflict"
 
 
@@ -54,7 +53,12 @@ TABLE = (
         Now.IGNORED,
         "nothing replaces it: each box has an Ollama of its own, which only its proxy reaches",
     ),
-    Variable("CEREBRAS_API_KEY", "the key of a hosted backend", Now.NOT_YET, "that backend comes with a later version"),
+    Variable(
+        "CEREBRAS_API_KEY",
+        "the key of a hosted backend",
+        Now.AT_CHOICE,
+        "the key of backend `cerebras`, once `selfhost backends add cerebras` has made it",
+    ),
     Variable(
         "VAST_API_KEY",
         "the key of the account at vast.ai",

@@ -5,7 +5,10 @@
 # (status: start progress done skip fail, or refuse for what would fail on every other box, too)
 # (a person's terminal gets plain lines); everything else goes to ~/.selfhost/log/install.log.
 # A step is skipped when its inputs are those of its last success (steps/NAME) and its result is verified to be there.
+# Steps that need nothing of each other run at once, so their lines alternate.
 
+# Parts that run side by side have names of their own on purpose.
+# shellcheck disable=SC2030,SC2031
 umask 077
 
 usage() {
@@ -40,8 +43,8 @@ main() {
   # When the laptop goes away in the middle, what was begun is finished: the watchdog is there for the money.
   trap '' PIPE
   trap 'exit 130' INT TERM HUP
-  trap 'cleanup' EXIT
-  job=''
+  trap 'end_all; rm -rf tmp' EXIT
+  job='' jobs='' holder='' TMP=tmp
 
   STEP=tools
   one_at_a_time
@@ -50,19 +53,36 @@ main() {
   check_engine
   step tools "$TOOLS"
   bring_proxy
-  case $ENGINE in
-    ollama)
-      # Its server is what pulls the model. Its checksum is no input: one that was not known before changes nothing.
-      step engine "$ENGINE $SELFHOST_OLLAMA_VERSION $IMAGE_OLLAMA $OLLAMA_URL $("$PY" -V)"
-      step model "$ENGINE $MODEL $SELFHOST_REGISTRY"
-      ;;
-    llamacpp)
-      step model "$ENGINE $MODEL ${SELFHOST_MODEL_SHA256:-$SELFHOST_MODEL_URL}"
-      step engine "$ENGINE $SELFHOST_ENGINE_REQUIREMENTS $("$PY" -V)"
-      ;;
-  esac
-  step proxy "$SELFHOST_PROXY_REQUIREMENTS $("$PY" -V)"
+  together engine_side proxy_side
   step start "$(part_inputs engine) $(part_inputs proxy)"
+}
+
+engine_side() {
+  case $ENGINE in
+    # Its server is what pulls the model.
+    ollama) bring_engine && bring_model ;;
+    llamacpp) together bring_model bring_engine && begin engine ;;
+  esac
+}
+
+bring_engine() {
+  case $ENGINE in
+    # Its checksum is no input: one that was not known before changes nothing.
+    ollama) step engine "$ENGINE $SELFHOST_OLLAMA_VERSION $IMAGE_OLLAMA $OLLAMA_URL $("$PY" -V)" ;;
+    llamacpp) step engine "$ENGINE $SELFHOST_ENGINE_REQUIREMENTS $("$PY" -V)" ;;
+  esac
+}
+
+bring_model() {
+  case $ENGINE in
+    ollama) step model "$ENGINE $MODEL $SELFHOST_REGISTRY" ;;
+    llamacpp) step model "$ENGINE $MODEL ${SELFHOST_MODEL_SHA256:-$SELFHOST_MODEL_URL}" ;;
+  esac
+}
+
+proxy_side() {
+  step proxy "$SELFHOST_PROXY_REQUIREMENTS $("$PY" -V)"
+  begin proxy
 }
 
 options() {
@@ -116,6 +136,7 @@ settings() {
   MODEL=${opt_model:-${SELFHOST_MODEL:-qwen3-coder:30b}}
   CONTEXT=${opt_context:-${SELFHOST_CONTEXT:-65536}}
   TOKEN=${SELFHOST_TOKEN:-$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')}
+  : "${SELFHOST_SLOTS:=1}" "${SELFHOST_KV_CACHE_TYPE:=q8_0}"
   : "${SELFHOST_MODEL_URL=}" "${SELFHOST_MODEL_SHA256=}" "${SELFHOST_MODEL_BYTES=}" "${SELFHOST_PIP_ARGS=}"
   : "${SELFHOST_PROXY_REQUIREMENTS=aiohttp>=3.11 orjson>=3.10 prometheus-client>=0.22}" "${SELFHOST_ENGINE_REQUIREMENTS=xllamacpp}" "${SELFHOST_VERSION=}"
   : "${SELFHOST_OLLAMA_VERSION:=0.34.0}" "${SELFHOST_OLLAMA_SHA256=}" "${SELFHOST_OLLAMA_BYTES=}" "${SELFHOST_REGISTRY=}"
@@ -131,7 +152,8 @@ settings() {
 }
 
 write_settings() {
-  for pair in "ENGINE=$ENGINE" "MODEL=$MODEL" "CONTEXT=$CONTEXT" "TOKEN=$TOKEN" "VERSION=$SELFHOST_VERSION" \
+  for pair in "ENGINE=$ENGINE" "MODEL=$MODEL" "CONTEXT=$CONTEXT" "SLOTS=$SELFHOST_SLOTS" \
+    "KV_CACHE_TYPE=$SELFHOST_KV_CACHE_TYPE" "TOKEN=$TOKEN" "VERSION=$SELFHOST_VERSION" \
     "MODEL_URL=$SELFHOST_MODEL_URL" "MODEL_SHA256=$SELFHOST_MODEL_SHA256" "MODEL_BYTES=$SELFHOST_MODEL_BYTES" \
     "PIP_ARGS=$SELFHOST_PIP_ARGS" "PROXY_REQUIREMENTS=$SELFHOST_PROXY_REQUIREMENTS" \
     "ENGINE_REQUIREMENTS=$SELFHOST_ENGINE_REQUIREMENTS" "OLLAMA_VERSION=$SELFHOST_OLLAMA_VERSION" \
@@ -182,6 +204,34 @@ check_engine() {
 
 # --- steps ------------------------------------------------------------------------------------------------------------
 
+# together FUNCTION…: all of them at once, each in a shell of its own. The first that fails ends the others, and this one.
+together() {
+  for branch; do
+    (
+      # A subshell has no traps, and what the others run is not its to end.
+      trap 'exit 130' INT TERM HUP
+      trap 'end_all' EXIT
+      job='' jobs='' holder='' TMP=$TMP/$branch
+      mkdir -p "$TMP" && "$branch"
+    ) &
+    jobs="$jobs $!"
+  done
+  while [ "$jobs" ]; do
+    sleep 0.05
+    running=''
+    for one in $jobs; do
+      if kill -0 "$one" 2>/dev/null; then running="$running $one"; else wait "$one" || broken $?; fi
+    done
+    jobs=$running
+  done
+}
+
+# broken STATUS: a branch has said itself why it failed, unless it was killed.
+broken() {
+  [ "$1" = 1 ] || fail "a part of the install ended with status $1"
+  exit 1
+}
+
 # step NAME INPUTS: do_NAME, unless it was done with these inputs before and have_NAME still finds the result.
 step() {
   STEP=$1 DONE=''
@@ -198,7 +248,7 @@ step() {
   say 'done' '' '' "$DONE"
 }
 
-TOOLS='curl python3 python3-venv flock setsid awk sha256sum stat df tail od sed'
+TOOLS='curl python3 python3-venv flock setsid awk sha256sum stat df tail tee mkfifo od sed'
 
 have_tools() {
   [ -z "$(missing_tools)" ] && find_python
@@ -284,8 +334,7 @@ do_model() {
 
 # The server pulls; ollama.py asks it to, and tells how far it is: DONE TOTAL TEXT.
 pull() {
-  renew engine
-  sh bin/start.sh engine 3>&- 4>&- 7>&- || fail "the engine could not be started"
+  begin engine
   began=$(date +%s)
   until engine_answers; do
     not_dying engine
@@ -294,15 +343,15 @@ pull() {
   done
   began=$(date +%s)
   free=$(free_mb)
-  : >tmp/pull
+  : >"$TMP/pull"
   ollama_py pull --model "$MODEL" --context "$CONTEXT" --registry "$SELFHOST_REGISTRY" ${free:+--free-mb "$free"} \
-    --stall "${SELFHOST_STALL_S:-30}" >tmp/pull 2>tmp/why 3>&- 4>&- 7>&- &
+    --stall "${SELFHOST_STALL_S:-30}" --slow "${SELFHOST_SLOW_S:-20}" >"$TMP/pull" 2>"$TMP/why" 3>&- 4>&- 7>&- &
   job=$!
   # Read on and on while it grows.
-  exec 5<tmp/pull
+  exec 5<"$TMP/pull"
   heard=$began pulled='' whole='' text="asking for $MODEL"
   while kill -0 "$job" 2>/dev/null; do
-    sleep 0.2
+    sleep 0.1
     tell
     now=$(date +%s)
     # While it checks 19 GB it is silent.
@@ -313,9 +362,9 @@ pull() {
   job=''
   tell
   exec 5<&-
-  cat tmp/why
-  [ "$code" != 3 ] || refuse "$(tail -n 1 tmp/why)"
-  [ "$code" = 0 ] || fail "$(tail -n 1 tmp/why)"
+  cat "$TMP/why"
+  [ "$code" != 3 ] || refuse "$(tail -n 1 "$TMP/why")"
+  [ "$code" = 0 ] || fail "$(tail -n 1 "$TMP/why")"
   DONE="$(mb "${whole:-0}") MB in $(($(date +%s) - began)) s"
 }
 
@@ -334,15 +383,17 @@ engine_answers() {
   [ -s run/engine.port ] && curl -qsSo /dev/null --noproxy '*' -m 5 "http://127.0.0.1:$(cat run/engine.port)/api/version"
 }
 
-# fetch NAME URL BYTES SHA256: brings downloads/NAME, where something of it is already there only the rest.
+# fetch NAME URL BYTES SHA256 [DIR]: brings downloads/NAME, where something of it is already there only the rest.
+# With DIR it is unpacked there while it comes; $followed is the sum of what was, "" where it could not be.
 fetch() {
-  file=downloads/$1
+  file=downloads/$1 followed=''
   if [ -f "$file" ]; then
     promised "$file" "$3" "$4" && DONE="$(mb "$(size_of "$file")") MB, already there" && return
     rm -f "$file"
   fi
   # The head start of onstart.sh holds this lock: its file grows meanwhile, and what it leaves is taken over.
   exec 8>>"$file.part"
+  follow "$file.part" "${5-}"
   while ! flock -n 8; do
     say progress "$(size_of "$file.part")" "$3" "$1 (begun at the start of the box)"
     flock -w 1 8 && break
@@ -351,8 +402,9 @@ fetch() {
   download "$2" "$file.part" "$3" "$1"
   size=$(size_of "$file.part")
   say progress "$size" "$size" "checking $1"
-  if ! promised "$file.part" "$3" "$4"; then
-    rm -f "$file.part"
+  caught_up "checking $1"
+  if ! promised "$file.part" "$3" "$4" "$followed"; then
+    rm -rf "$file.part" "${5:-$TMP/pack}"
     [ -z "${hint-}" ] || refuse "$1 is not the promised file: $differs; it was deleted$hint"
     fail "$1 is not the promised file: $differs; it was deleted"
   fi
@@ -361,9 +413,39 @@ fetch() {
   DONE="$(mb "$size") MB in $(($(date +%s) - began)) s"
 }
 
+# follow FILE [DIR]: reads what comes of FILE as it comes, for its sum, which takes no time then in the end; and unpacks it.
+# Nothing of that counts before the sum of these very bytes is the right one: see caught_up, promised and unpack.
+follow() {
+  rm -f "$TMP/bytes" "$TMP/pack" && mkfifo "$TMP/bytes" "$TMP/pack" || return
+  # As long as this lives, more may come.
+  sleep 86400 3>&- 4>&- 7>&- 8>&- &
+  holder=$!
+  tail -c +1 -s 0.1 --pid="$holder" -f "$1" >"$TMP/bytes" 3>&- 4>&- 7>&- 8>&- &
+  follower=$!
+  if [ "$2" ]; then
+    (exec 3>&- 4>&- 7>&- 8>&- && untar "$TMP/pack" "$2") &
+    unpacker=$!
+    (exec 3>&- 4>&- 7>&- 8>&- <"$TMP/bytes" && tee "$TMP/pack" | sha256sum >"$TMP/followed") &
+  else
+    unpacker=''
+    (exec 3>&- 4>&- 7>&- 8>&- <"$TMP/bytes" && exec sha256sum >"$TMP/followed") &
+  fi
+  summer=$!
+}
+
+# caught_up TEXT: FILE is whole, and so is soon what follows it. Sets $followed to the sum of what was read (and unpacked).
+caught_up() {
+  [ "$holder" ] || return 0
+  kill "$holder" && wait "$holder" 2>/dev/null
+  holder=''
+  await "$summer" "$1"
+  [ "$code" = 0 ] && followed=$(cut -d' ' -f1 "$TMP/followed")
+  [ -z "$unpacker" ] || await "$unpacker" "unpacking" || followed=''
+}
+
 # download URL FILE BYTES NAME: goes on where FILE ends, over cuts and stalls; gives up after 5 tries without a gain.
 download() {
-  tries=0 best=0 gained=$(date +%s)
+  tries=0 best=0 gained=$(date +%s) fastest=0 slowed=0
   while :; do
     have=$(size_of "$2")
     [ "$have" = "$3" ] && return
@@ -372,7 +454,7 @@ download() {
     [ -z "$3" ] || enough_disk $(($3 - have)) "$4"
     say progress "$have" "$3" "$4"
     curl -qfsSL --proto '=http,https' --noproxy 127.0.0.1,localhost -C - --connect-timeout 20 \
-      -w '%{http_code}' -o "$2" "$1" 3>&- 4>&- 7>&- >tmp/status &
+      -w '%{http_code}' -o "$2" "$1" 3>&- 4>&- 7>&- 8>&- >"$TMP/status" &
     job=$!
     watch_file "$2" "$3" "$4"
     wait "$job"
@@ -381,7 +463,7 @@ download() {
     # All that the server has for us came: where it is not of the promised size, it is another file.
     [ "$code" = 0 ] && return
     [ "$(size_of "$2")" = "$3" ] && return
-    case $code-$(cat tmp/status) in
+    case $code-$(cat "$TMP/status") in
       # It cannot be continued (no ranges there, or none behind what is here): from the start.
       33-* | 36-* | 22-416) : >"$2" ;;
       23-*) fail "$4 cannot be written: is the disk full? $(free_mb) MB are free" ;;
@@ -397,31 +479,52 @@ download() {
 
 # A server that is busy for a minute is no reason to lose a box that is paid for; one that says no will say it again.
 patient() {
-  case $code-$(cat tmp/status) in
+  case $code-$(cat "$TMP/status") in
     22-408 | 22-425 | 22-429) ;;
     22-4*) return 1 ;;
   esac
   [ $(($(date +%s) - gained)) -lt "${SELFHOST_PATIENCE_S:-180}" ]
 }
 
-# watch_file FILE TOTAL NAME: reports its growth about once a second while $job runs, and ends a job that has stalled.
+# watch_file FILE TOTAL NAME: reports its growth about once a second while $job runs, and ends a job that has stalled or,
+# three times at most, one that has become slow: another connection may be as fast as this one was.
 watch_file() {
-  ticks=0 seen='' since=$(date +%s)
+  ticks=0 seen='' since=$(date +%s) ended=''
+  slow_since=0 mark=$(size_of "$1") all_mark=$(received)
+  # In ticks: a quarter of the time after which slow is too slow.
+  slice=$((${SELFHOST_SLOW_S:-20} * 5 / 4))
   while kill -0 "$job" 2>/dev/null; do
     sleep 0.2
     ticks=$((ticks + 1))
+    [ $((ticks % slice)) != 0 ] || ! slow "$1" || { kill "$job" && ended=slow slowed=$((slowed + 1)); }
     [ $((ticks % 5)) = 0 ] || continue
     now=$(date +%s) size=$(size_of "$1")
     say progress "$size" "$2" "$3"
     [ "$size" = "$seen" ] || { seen=$size since=$now; }
-    [ $((now - since)) -lt "${SELFHOST_STALL_S:-30}" ] || kill "$job"
+    [ $((now - since)) -lt "${SELFHOST_STALL_S:-30}" ] || { kill "$job" && ended=stalled; }
   done
+}
+
+# slow FILE: for four slices it has come with less than a quarter of its fastest, and that is not because other downloads
+# of this box have the rest.
+slow() {
+  now_there=$(size_of "$1") all_there=$(received)
+  gain=$((now_there - mark)) all=$((all_there - all_mark)) mark=$now_there all_mark=$all_there
+  [ "$gain" -le "$fastest" ] || fastest=$gain
+  if [ $((gain * 4)) -ge "$fastest" ] || [ $((all * 2)) -ge "$fastest" ]; then slow_since=0; else slow_since=$((slow_since + 1)); fi
+  [ "$slow_since" -ge 4 ] && [ "$slowed" -lt 3 ]
+}
+
+# Bytes that came over all interfaces but the loopback.
+received() {
+  awk '{ sub(/:/, " ") } $1 != "lo" && $2 ~ /^[0-9]+$/ { sum += $2 } END { printf "%.0f", sum }' \
+    "${SELFHOST_NET_DEV:-/proc/net/dev}" 2>/dev/null || echo 0
 }
 
 curl_status() {
   case $1 in
-    22) echo "HTTP status $(cat tmp/status)" ;;
-    143) echo "it stalled" ;;
+    22) echo "HTTP status $(cat "$TMP/status")" ;;
+    143) [ "$ended" = slow ] && echo "it became slow" || echo "it stalled" ;;
     *) echo "curl ended with status $1" ;;
   esac
 }
@@ -437,16 +540,17 @@ free_mb() {
   df -Pk downloads | awk 'NR == 2 { printf "%d", $4 * 1024 / 1e6 }'
 }
 
-# promised FILE BYTES SHA256: it is what it should be, as far as that is known; else $differs says what is wrong.
+# promised FILE BYTES SHA256 [SUM]: it is what it should be, as far as that is known; else $differs says what is wrong.
+# SUM: of its bytes as they came.
 promised() {
   differs="it has $(size_of "$1") bytes, not $2"
   [ -z "$2" ] || [ "$(size_of "$1")" = "$2" ] || return 1
   differs="its sha256 differs from $3"
-  [ -z "$3" ] || { busy "checking ${1##*/}" checksum "$1" && [ "$(cat tmp/sum)" = "$3" ]; }
+  [ -z "$3" ] || [ "${4-}" = "$3" ] || { busy "checking ${1##*/}" checksum "$1" && [ "$(cat "$TMP/sum")" = "$3" ]; }
 }
 
 checksum() {
-  sha256sum <"$1" | cut -d' ' -f1 >tmp/sum
+  sha256sum <"$1" | cut -d' ' -f1 >"$TMP/sum"
 }
 
 have_engine() {
@@ -526,18 +630,14 @@ unpack() {
   # A file of which nothing is known may be of another version.
   [ "$sha" ] || rm -f "downloads/$archive"
   [ "$bytes" ] || bytes=$(remote_size "$OLLAMA_URL")
-  fetch "$archive" "$OLLAMA_URL" "$bytes" "$sha"
+  rm -rf engine/ollama.new && mkdir -p engine/ollama.new
+  fetch "$archive" "$OLLAMA_URL" "$bytes" "$sha" engine/ollama.new
   file=downloads/$archive
   if [ -z "$sha" ]; then
     busy "checking $archive" checksum "$file" || fail "$archive cannot be read"
-    sha=$(cat tmp/sum)
+    sha=$(cat "$TMP/sum")
   fi
-  rm -rf engine/ollama.new && mkdir -p engine/ollama.new
-  if ! busy "unpacking $archive" untar "$file" engine/ollama.new; then
-    cat tmp/why
-    ! grep -q 'No space left' tmp/why || unusable keep "the disk is too small for Ollama: $archive does not fit unpacked"
-    unusable "$archive is not a whole archive: $(head -n 1 tmp/why)"
-  fi
+  [ "$followed" = "$sha" ] || unpack_again
   [ -x engine/ollama.new/bin/ollama ] || unusable "$archive has no bin/ollama"
   found=$(ollama_version engine/ollama.new/bin/ollama)
   [ "$found" ] || unusable "the Ollama in $archive does not run on this machine"
@@ -546,8 +646,18 @@ unpack() {
   echo "$(size_of "$file") $sha $found $OLLAMA_URL" >run/archive.new && mv run/archive.new run/archive
 }
 
+# It was there already, or other bytes than those of the verified file were unpacked, or not all of them.
+unpack_again() {
+  rm -rf engine/ollama.new && mkdir -p engine/ollama.new
+  if ! busy "unpacking $archive" untar "$file" engine/ollama.new; then
+    cat "$TMP/why"
+    ! grep -q 'No space left' "$TMP/why" || unusable keep "the disk is too small for Ollama: $archive does not fit unpacked"
+    unusable "$archive is not a whole archive: $(head -n 1 "$TMP/why")"
+  fi
+}
+
 untar() {
-  tar -x -I zstd -f "$1" -C "$2" --no-same-owner 2>tmp/why
+  exec tar -x -I zstd -f "$1" -C "$2" --no-same-owner 2>"$TMP/why"
 }
 
 # unusable [keep] TEXT: nothing of it stays, but an archive that is in order.
@@ -619,7 +729,7 @@ pip_install() {
   esac
   set -f
   # shellcheck disable=SC2086
-  "$@" install --quiet --no-input --no-cache-dir --disable-pip-version-check --progress-bar off \
+  exec "$@" install --quiet --no-input --no-cache-dir --disable-pip-version-check --progress-bar off \
     $SELFHOST_PIP_ARGS $requirements
 }
 
@@ -627,11 +737,11 @@ part_inputs() {
   case $1 in
     engine)
       case $ENGINE in
-        ollama) digest "$ENGINE $MODEL $CONTEXT $(readlink engine/bin/ollama) $(files_digest run/archive bin/start.sh bin/ollama.py)" ;;
-        llamacpp) digest "$ENGINE $MODEL $CONTEXT $NAME $SELFHOST_MODEL_SHA256 $SELFHOST_ENGINE_REQUIREMENTS $(files_digest bin/start.sh bin/llamacpp.py)" ;;
+        ollama) digest "$ENGINE $MODEL $CONTEXT $SELFHOST_SLOTS $SELFHOST_KV_CACHE_TYPE $(readlink engine/bin/ollama) $(files_digest run/archive bin/start.sh bin/ollama.py)" ;;
+        llamacpp) digest "$ENGINE $MODEL $CONTEXT $SELFHOST_SLOTS $SELFHOST_KV_CACHE_TYPE $NAME $SELFHOST_MODEL_SHA256 $SELFHOST_ENGINE_REQUIREMENTS $(files_digest bin/start.sh bin/llamacpp.py)" ;;
       esac
       ;;
-    proxy) digest "$ENGINE $MODEL $CONTEXT $TOKEN $SELFHOST_VERSION $SELFHOST_PROXY_REQUIREMENTS $(files_digest bin/start.sh bin/proxy.zip)" ;;
+    proxy) digest "$ENGINE $MODEL $CONTEXT $SELFHOST_SLOTS $TOKEN $SELFHOST_VERSION $SELFHOST_PROXY_REQUIREMENTS $(files_digest bin/start.sh bin/proxy.zip)" ;;
   esac
 }
 
@@ -640,8 +750,10 @@ have_start() {
 }
 
 do_start() {
-  renew engine "$force"
-  renew proxy "$force"
+  for part in engine proxy; do
+    [ -e "tmp/begun.$part" ] && again='' || again=$force
+    renew "$part" "$again"
+  done
   sh bin/start.sh 3>&- 4>&- 7>&- || fail "the parts could not be started"
   began=$(date +%s)
   ticks=0
@@ -652,11 +764,21 @@ do_start() {
     waited=$(($(date +%s) - began))
     [ "$waited" -lt "${SELFHOST_START_S:-900}" ] ||
       fail "the proxy did not become healthy within $waited s: ${health:-no answer}" log/engine.log log/proxy.log
-    [ $((ticks % 10)) = 0 ] && say progress '' '' "waiting for the engine to load the model ($waited s)"
+    [ $((ticks % 30)) = 0 ] && say progress '' '' "waiting for the engine to load the model ($waited s)"
     ticks=$((ticks + 1))
-    sleep 0.3
+    sleep 0.1
   done
   DONE="healthy on 127.0.0.1:$(cat run/proxy.port)"
+}
+
+# begin PART: all is there that it needs, so it need not wait for the step `start`. What runs as it should is left alone.
+begin() {
+  if [ -z "$force" ] && ! flock -ns "run/$1.lock" true && [ "$(cat "run/$1.inputs" 2>/dev/null)" = "$(part_inputs "$1")" ]; then
+    return
+  fi
+  renew "$1" "$force"
+  : >"tmp/begun.$1"
+  sh bin/start.sh "$1" 3>&- 4>&- 7>&- || fail "the $1 could not be started"
 }
 
 # renew PART [FORCE]: ends it when it runs with other settings than those that hold now, or in vain.
@@ -725,23 +847,36 @@ fail() {
 busy() {
   doing=$1
   shift
+  # In a group of its own: pip has a child that would outlive it.
+  set -m
   "$@" 3>&- 4>&- &
   job=$!
-  ticks=0
-  while kill -0 "$job" 2>/dev/null; do
-    sleep 0.1
-    ticks=$((ticks + 1))
-    [ $((ticks % 50)) = 0 ] && say progress '' '' "$doing ($((ticks / 10)) s)"
-  done
-  wait "$job"
-  code=$?
+  set +m
+  await "$job" "$doing"
   job=''
   return "$code"
 }
 
-cleanup() {
-  [ -z "$job" ] || kill "$job" 2>/dev/null
-  rm -rf tmp
+# await PID TEXT: until it has ended. Sets $code to its status, which is also this one's.
+await() {
+  ticks=0
+  while kill -0 "$1" 2>/dev/null; do
+    sleep 0.1
+    ticks=$((ticks + 1))
+    [ $((ticks % 50)) = 0 ] && say progress '' '' "$2 ($((ticks / 10)) s)"
+  done
+  wait "$1"
+  code=$?
+  return "$code"
+}
+
+# What this shell runs in the background ends with it; what follows a download does when that one's holder has.
+end_all() {
+  [ -z "$job" ] || kill -- "-$job" 2>/dev/null
+  # shellcheck disable=SC2086
+  kill $job $jobs $holder ${holder:+$follower $summer $unpacker} 2>/dev/null
+  wait
+  [ -z "$holder" ] || rm -rf engine/ollama.new
 }
 
 digest() {

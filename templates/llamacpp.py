@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 STRING, ARRAY = 8, 9
+KV_TYPES = ("f16", "q8_0", "q4_0")
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+KEPT = 2
 HINT = "Now reply in plain English (no code, no JSON) based on this result."
 
 
@@ -37,7 +39,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
     publish(args.port_file, port)
-    print(f"llamacpp: {args.alias} with {args.context} tokens on {server.listening_address}", file=sys.stderr)
+    held = f"{args.slots} × {args.context} tokens"
+    print(f"llamacpp: {args.alias} with {held} on {server.listening_address}", file=sys.stderr)
     while True:
         signal.pause()
 
@@ -46,7 +49,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the GGUF file")
     parser.add_argument("--alias", required=True, help="the model name to serve")
-    parser.add_argument("--context", type=int, required=True, help="tokens")
+    parser.add_argument("--context", type=int, required=True, help="tokens, of each slot")
+    parser.add_argument("--slots", type=int, default=1, help="answers at once")
+    parser.add_argument("--kv-cache-type", choices=KV_TYPES, default="f16", help="what keys and values are kept as")
     parser.add_argument("--port-file", type=Path, required=True, help="where the bound port is written")
     parser.add_argument("--port", type=int, default=11434, help="preferred port; the next free one is taken")
     return parser.parse_args()
@@ -115,18 +120,23 @@ def serve(args: argparse.Namespace, template: str) -> tuple[Any, int]:
 
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = str(args.model), {args.alias}
-    params.n_ctx, params.n_parallel, params.fit_params = args.context, 1, False
+    params.n_ctx, params.n_parallel, params.fit_params = args.context * args.slots, args.slots, False
+    kept_as = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{args.kv_cache_type.upper()}")
+    params.cache_type_k = params.cache_type_v = kept_as
     params.chat_template, params.use_jinja = template, True
     params.sampling.temp, params.sampling.top_k = 0.0, 1
     params.endpoint_metrics = params.endpoint_slots = params.endpoint_props = True
     params.ui, params.cors_origins = False, "http://127.0.0.1"
     params.cache_ram_mib = 1024
+    params.slot_save_path = f"{kept_prompts(args.port_file)}/"
     # Slots that are chosen by similarity are written over without a copy when most of a prompt stays: the end of
     # another conversation, which will come back (b11549).
     params.slot_prompt_similarity = 0.0
     if (os.cpu_count() or 1) <= 2:
         # two decoding threads lose two thirds of their speed when anything else wants one of two cores
         params.cpuparams.n_threads, params.cpuparams_batch.n_threads = 1, 2
+        # whoever leaves is noticed between two batches: one of 2048 tokens takes half a minute here
+        params.n_batch = params.n_ubatch
     params.hostnames = ["127.0.0.1"]
     for port in ports(args.port_file, args.port):
         params.port = port
@@ -136,6 +146,16 @@ def serve(args: argparse.Namespace, template: str) -> tuple[Any, int]:
             if free(port):
                 raise RuntimeError("llama.cpp could not load it; its reason is above") from error
     raise RuntimeError(f"no free port from {args.port} on")
+
+
+def kept_prompts(port_file: Path) -> Path:
+    """Where the proxy has read prompts put away for the next start: the newest stay."""
+    folder = port_file.with_name("prompts")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    files = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in files[KEPT:]:
+        file.unlink()
+    return folder
 
 
 def ports(port_file: Path, preferred: int) -> Iterator[int]:

@@ -2,6 +2,8 @@
 
 serve   runs engine/bin/ollama on a free port of 127.0.0.1, writes run/engine.port once it answers, and loads the model
         as soon as it is there, again whenever it is gone. Why it cannot be loaded is in run/engine.problem.
+        What does not fit into the GPU's memory is loaded with less: fewer slots first, then less context, in eighths of
+        what was asked for, down to half of it. What it came to is in run/engine.fit, as JSON; a restart begins there.
         Ends with the server's status; SIGTERM ends both.
 pull    brings the model through that server: lines `DONE TOTAL TEXT` (bytes) on stdout. Exit 1: the reason is the last
         line on stderr. Exit 3: no other machine could do it either.
@@ -23,8 +25,9 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -33,16 +36,24 @@ ENGINE = Path("engine").absolute()
 MODELS = ENGINE / "models"
 PORT_FILE = Path("run/engine.port")
 PROBLEM = Path("run/engine.problem")
+FIT = Path("run/engine.fit")
 REGISTRY = "https://registry.ollama.ai"
 # In the environment of the server, and so of the llama-servers that it starts: how their leftovers are found.
 MARK = f"SELFHOST_OLLAMA_OF={ENGINE}"
 LOOK_S = 1.0
+SOON_S = 0.2
+"""Between two looks for a model that is still to come."""
 ASK_S = 15.0
 LOAD_S = VERIFY_S = 3600.0
 TRIES = 5
 REFUSED = 3
 PATIENCE_S = float(os.environ.get("SELFHOST_PATIENCE_S") or 180)
 """A registry that is busy for a minute is no reason to lose a box that is paid for."""
+ON_GPU = 0.99
+"""Of a model's bytes, so many at least: a layer on the CPU costs most of the speed."""
+NO_ROOM = re.compile(r"cuda.*(out of memory|alloc)|allocate cuda", re.IGNORECASE)
+"""In Ollama's words for why it could not load."""
+KV_TYPES = ("f16", "q8_0", "q4_0")
 UNANSWERED = 4
 """So many asks in a row, each with its own time limit: then the server hangs."""
 MB = 1_000_000
@@ -51,6 +62,10 @@ RESERVE = 200 * MB
 
 class Failure(Exception):
     """Ollama or the registry said no. The text is for the user."""
+
+
+class Spilled(Exception):
+    """The model does not fit into the GPU's memory as it was loaded. The text says what was seen."""
 
 
 class Refusal(Failure):
@@ -62,10 +77,10 @@ def main() -> None:
     try:
         model = Model.parse(args.model, getattr(args, "registry", ""))
         if args.command == "serve":
-            sys.exit(serve(model, args.context, args.port))
+            sys.exit(serve(model, Shape(args.context, args.slots, args.kv_cache_type), args.port))
         if args.command == "have":
             sys.exit(not model.present())
-        pull(model, args.context, args.free_mb, args.stall)
+        pull(model, args.context, args.free_mb, args.stall, args.slow)
     except Failure as failure:
         print(failure, file=sys.stderr)
         sys.exit(REFUSED if isinstance(failure, Refusal) else 1)
@@ -78,10 +93,13 @@ def arguments() -> argparse.Namespace:
     for command in (serve_, pull_, have_):
         command.add_argument("--model", required=True, help="any name that Ollama knows: NAME[:TAG], USER/NAME:TAG, …")
     for command in (serve_, pull_):
-        command.add_argument("--context", type=int, required=True, help="tokens")
+        command.add_argument("--context", type=int, required=True, help="tokens, of each slot")
+    serve_.add_argument("--slots", type=int, default=1, help="answers at once")
+    serve_.add_argument("--kv-cache-type", choices=KV_TYPES, default="q8_0", help="what keys and values are kept as")
     serve_.add_argument("--port", type=int, default=11434, help="preferred port; the next free one is taken")
     pull_.add_argument("--registry", default="", help="instead of Ollama's own; http:// only on loopback")
     pull_.add_argument("--free-mb", type=int, help="space on the disk; without it, it is not checked")
+    pull_.add_argument("--slow", type=float, default=20, help="seconds far below its own best that count as a cut")
     pull_.add_argument("--stall", type=float, default=30, help="seconds without a byte that count as a cut")
     return parser.parse_args()
 
@@ -186,24 +204,72 @@ def loopback(url: str) -> bool:
 # --- serve ------------------------------------------------------------------------------------------------------------
 
 
-def serve(model: Model, context: int, preferred: int) -> int:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
+@dataclass(frozen=True)
+class Shape:
+    """How the model is served: each of `slots` answers at once has the whole `context`."""
+
+    context: int
+    slots: int
+    kv_cache_type: str
+
+    def __str__(self) -> str:
+        return f"{self.slots} × {self.context} tokens, KV {self.kv_cache_type}"
+
+    def less(self) -> list[Shape]:
+        """What is tried, one after the other, when this does not fit."""
+        fewer = [replace(self, slots=slots) for slots in range(self.slots - 1, 0, -1)]
+        return fewer + [replace(self, slots=1, context=self.context * eighths // 8) for eighths in (7, 6, 5, 4)]
+
+
+def serve(model: Model, asked: Shape, preferred: int) -> int:
+    end_when_told()
     bury()
     PROBLEM.unlink(missing_ok=True)
-    port = free_port(preferred)
-    child = subprocess.Popen([ENGINE / "bin/ollama", "serve"], env=environment(port, context))
-    try:
-        if comes_up(child, port):
-            publish(PORT_FILE, f"{port}\n")
-            keep_loaded(child, port, model, context)
-    finally:
-        end(child)
+    shapes = [asked, *asked.less()]
+    shapes = shapes[shapes.index(reached(asked)) :]
+    port = 0
+    while True:
+        shape, *smaller = shapes
+        note(asked, shape, loaded=False)
+        port = free_port(preferred, but=port)
+        child = subprocess.Popen([ENGINE / "bin/ollama", "serve"], env=environment(port, shape))
+        try:
+            if comes_up(child, port):
+                publish(PORT_FILE, f"{port}\n")
+                keep_loaded(child, port, model, shape, partial(note, asked, shape, loaded=True), last=not smaller)
+            break
+        except Spilled as spilled:
+            print(f"ollama: {spilled}; now {smaller[0]}", file=sys.stderr)
+            # On another port the proxy asks anew how much context there is.
+            PORT_FILE.unlink(missing_ok=True)
+            shapes = smaller
+        finally:
+            end(child)
+        end_when_told()
     status: int = child.returncode
     return status if status >= 0 else 128 - status
 
 
-def environment(port: int, context: int) -> dict[str, str]:
+def end_when_told() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+
+
+def note(asked: Shape, shape: Shape, *, loaded: bool) -> None:
+    publish(FIT, json.dumps({"asked": asdict(asked), **asdict(shape), "loaded": loaded}) + "\n")
+
+
+def reached(asked: Shape) -> Shape:
+    """Where an earlier start came to that was asked for the same: a killed server is no reason to try it again."""
+    try:
+        told = json.loads(FIT.read_text())
+        before = Shape(told["context"], told["slots"], told["kv_cache_type"])
+        return before if told["asked"] == asdict(asked) and before in asked.less() else asked
+    except (OSError, ValueError, KeyError, TypeError):
+        return asked
+
+
+def environment(port: int, shape: Shape) -> dict[str, str]:
     """What Ollama gets: how it works is decided here for all requests, and nothing secret goes along.
 
     Requests repeat what matters (num_ctx, shift): with other values than those of the load it would load again.
@@ -221,10 +287,10 @@ def environment(port: int, context: int) -> dict[str, str]:
         "TMPDIR": str(ENGINE / "home"),
         "OLLAMA_HOST": f"127.0.0.1:{port}",
         "OLLAMA_MODELS": str(MODELS),
-        "OLLAMA_CONTEXT_LENGTH": str(context),
+        "OLLAMA_CONTEXT_LENGTH": str(shape.context),
         "OLLAMA_FLASH_ATTENTION": "1",
-        "OLLAMA_KV_CACHE_TYPE": "q8_0",
-        "OLLAMA_NUM_PARALLEL": "1",
+        "OLLAMA_KV_CACHE_TYPE": shape.kv_cache_type,
+        "OLLAMA_NUM_PARALLEL": str(shape.slots),
         "OLLAMA_MAX_LOADED_MODELS": "1",
         "OLLAMA_KEEP_ALIVE": "-1",
         "OLLAMA_NO_CLOUD": "1",
@@ -233,14 +299,14 @@ def environment(port: int, context: int) -> dict[str, str]:
     }
 
 
-def free_port(preferred: int) -> int:
+def free_port(preferred: int, but: int = 0) -> int:
     ports = list(range(preferred, preferred + 100))
     try:
         ports.insert(0, int(PORT_FILE.read_text()))
     except (OSError, ValueError):
         pass  # it is the first start
     for port in ports:
-        if free(port):
+        if port != but and free(port):
             return port
     raise Failure(f"no free port from {preferred} on")
 
@@ -280,19 +346,37 @@ def listens(pid: int, port: int) -> bool:
         return False  # it is opening and closing files, or gone
 
 
-def keep_loaded(child: subprocess.Popen[bytes], port: int, model: Model, context: int) -> None:
-    """Returns when the server has ended, or hangs: then it is to be ended."""
+def keep_loaded(
+    child: subprocess.Popen[bytes], port: int, model: Model, shape: Shape, fits: Callable[[], None], *, last: bool
+) -> None:
+    """Returns when the server has ended, or hangs: then it is to be ended.
+
+    `fits` is told when the model is loaded as it should be. Raises Spilled when it does not fit; `last`: there is no
+    smaller shape to be tried.
+    """
     pause, told, asked, unanswered = LOOK_S, "", 0.0, 0
+    known: set[int] = set()
     while child.poll() is None and unanswered < UNANSWERED:
         problem = ""
         # /api/ps goes on listing a model whose llama-server was killed: the next request would find out, slowly.
-        lives = any(pid != child.pid for pid in marked())
+        runners = {pid for pid in marked() if pid != child.pid}
+        lives = bool(runners)
         # Ollama logs every request: asked each second, its log would hold nothing else.
         if told or not lives or time.monotonic() - asked > ASK_S:
             asked = time.monotonic()
             try:
-                load(port, model, context, lives)
+                if load(port, model, shape.context, lives):
+                    fits()
+                    runners = {pid for pid in marked() if pid != child.pid}
+                    if known and known.isdisjoint(runners):
+                        # What was read before is gone with the old one: a new date tells the proxy so.
+                        publish(PORT_FILE, f"{port}\n")
+                    known = runners
                 unanswered = 0
+            except Spilled as spilled:
+                if not last:
+                    raise
+                problem, unanswered = f"{spilled}, and there is nothing less to try", 0
             except Failure as failure:
                 problem, unanswered = str(failure), 0
             except (OSError, HTTPException) as error:
@@ -306,17 +390,20 @@ def keep_loaded(child: subprocess.Popen[bytes], port: int, model: Model, context
             else:
                 PROBLEM.unlink(missing_ok=True)
         # Loading a model in vain is much work.
-        pause = min(pause * 2, 60) if problem else LOOK_S
+        pause = min(pause * 2, 60) if problem else LOOK_S if lives else SOON_S
         try:
             child.wait(pause)
         except subprocess.TimeoutExpired:
             continue
 
 
-def load(port: int, model: Model, context: int, lives: bool) -> None:
-    """Load the model, if it is there and not loaded. Raises Failure when it cannot be, or only with less context."""
+def load(port: int, model: Model, context: int, lives: bool) -> bool:
+    """Load the model, if it is there and not loaded; whether it is there.
+
+    Raises Failure when it cannot be, or only with less context, and Spilled when a part of it is not on the GPU.
+    """
     if not model.present():
-        return  # it is still being pulled
+        return False  # it is still being pulled
     entry = listed(port, model) if lives else {}
     if not entry:
         check_context(port, model, context)
@@ -325,6 +412,8 @@ def load(port: int, model: Model, context: int, lives: bool) -> None:
             body = {"model": model.short, "keep_alive": -1, "stream": False, "shift": False}
             call(port, "POST", "/api/generate", body, LOAD_S)
         except Failure as failure:
+            if NO_ROOM.search(str(failure)):
+                raise Spilled(f"{model.short} does not fit into the GPU's memory: {failure}") from failure
             raise Failure(f"Ollama cannot load {model.short}: {failure}") from failure
         entry = listed(port, model)
     got = entry.get("context_length", context)
@@ -333,6 +422,10 @@ def load(port: int, model: Model, context: int, lives: bool) -> None:
             f"{model.short} was loaded with {got} tokens of context instead of {context} (a num_ctx of its own?): "
             f"ask for --context {got} or less"
         )
+    size, there = entry.get("size") or 0, entry.get("size_vram") or 0
+    if 0 < there < ON_GPU * size:  # 0: there is no GPU
+        raise Spilled(f"{model.short} does not fit into the GPU's memory: {there // MB} of {size // MB} MB are there")
+    return True
 
 
 def check_context(port: int, model: Model, context: int) -> None:
@@ -391,7 +484,7 @@ def variables(pid: str) -> list[bytes]:
 # --- pull -------------------------------------------------------------------------------------------------------------
 
 
-def pull(model: Model, context: int, free_mb: int | None, stall: float) -> None:
+def pull(model: Model, context: int, free_mb: int | None, stall: float, slow: float) -> None:
     manifest = fetch_manifest(model)
     blobs = layers(manifest) if manifest else {}
     missing = sum(size - arrived(digest, size) for digest, size in blobs.items())
@@ -402,7 +495,7 @@ def pull(model: Model, context: int, free_mb: int | None, stall: float) -> None:
             f"the disk is too small for {model.short}: {missing // MB} MB are still to come and {RESERVE // MB} MB "
             f"must stay, but only {free_mb} MB are free"
         )
-    Pull(model, blobs, stall).run()
+    Pull(model, blobs, stall, slow).run()
     port = int(PORT_FILE.read_text())
     if model.source != model.short:
         call(port, "POST", "/api/copy", {"source": model.source, "destination": model.short})
@@ -451,11 +544,57 @@ class Patience:
         return self.tries < TRIES or time.monotonic() - self.since < PATIENCE_S
 
 
+class Slow(TimeoutError):
+    """Bytes come, and once came much faster."""
+
+
+class Pace:
+    """Notices a download that has become slow: a new connection may be as fast as this one was. So often at most."""
+
+    RESTARTS = 3
+    SLICES = 4
+
+    def __init__(self, seconds: float) -> None:
+        self.slice = seconds / self.SLICES
+        self.best, self.restarts = 0.0, 0
+        self.begin(0)
+
+    def begin(self, done: int) -> None:
+        """A connection that begins with so many bytes there."""
+        self.at, self.done, self.all, self.slow = time.monotonic(), done, received(), 0
+
+    def fell(self, done: int) -> bool:
+        """For all that time it has come with less than a quarter of its best, and no other download has the rest."""
+        now = time.monotonic()
+        if now - self.at < self.slice:
+            return False
+        whole = received()
+        rate, link = (done - self.done) / (now - self.at), (whole - self.all) / (now - self.at)
+        self.at, self.done, self.all = now, done, whole
+        self.best = max(self.best, rate)
+        self.slow = self.slow + 1 if rate < self.best / 4 and link < self.best / 2 else 0
+        if self.slow < self.SLICES or self.restarts == self.RESTARTS:
+            return False
+        self.restarts += 1
+        return True
+
+
+def received() -> int:
+    """Bytes that came to this machine, over all interfaces but the loopback; 0 when that cannot be known."""
+    try:
+        table = Path(os.environ.get("SELFHOST_NET_DEV") or "/proc/net/dev").read_text()
+    except OSError:
+        return 0
+    rows = (line.split(":") for line in table.splitlines() if ":" in line)
+    return sum(int(row[1].split()[0]) for row in rows if row[0].strip() != "lo")
+
+
 class Pull:
     """One model's way through /api/pull, over cuts and stalls, reported over all of its layers."""
 
-    def __init__(self, model: Model, blobs: dict[str, int], stall: float) -> None:
+    def __init__(self, model: Model, blobs: dict[str, int], stall: float, slow: float) -> None:
         self.model, self.blobs, self.stall = model, blobs, stall
+        self.pace = Pace(slow)
         self.come = self.on_disk()
         self.told, self.told_at = "", 0.0
         self.unverified: set[str] = set()
@@ -511,8 +650,8 @@ class Pull:
                 if event.get("status") == "success":
                     return ""
             return "the answer of Ollama ended too early"
-        except TimeoutError:
-            return "it stalled"
+        except TimeoutError as error:
+            return str(error) if isinstance(error, Slow) else "it stalled"
         except (OSError, HTTPException, ValueError) as error:
             return str(error) or type(error).__name__
 
@@ -524,6 +663,7 @@ class Pull:
         try:
             connection.request("POST", "/api/pull", json.dumps(body), {"Content-Type": "application/json"})
             grown = time.monotonic()
+            self.pace.begin(self.done)
             for raw in connection.getresponse():
                 event = json.loads(raw)
                 before = self.done
@@ -533,6 +673,8 @@ class Pull:
                 # While bytes are awaited there is an event every moment, whether any come or not.
                 if "digest" in event and time.monotonic() - grown > self.stall:
                     raise TimeoutError
+                if "digest" in event and self.pace.fell(self.done):
+                    raise Slow("it became slow")
                 # 19 GB are read again then, and nothing is said meanwhile.
                 line.settimeout(self.stall if str(event.get("status")).startswith("pulling") else VERIFY_S)
                 yield event

@@ -5,8 +5,8 @@
 
 umask 077
 export HOME="${HOME:-/root}"
-mkdir -p "$HOME/.ssh" "$HOME/.selfhost"
-cd "$HOME/.selfhost" || exit
+mkdir -p ~/.ssh ~/.selfhost
+cd ~/.selfhost || exit
 mkdir -p run log bin downloads steps
 # Nothing that is started below may keep the caller's stdout open.
 exec </dev/null >>log/onstart.log 2>&1
@@ -47,13 +47,13 @@ fi
 # The market also puts the key there, but with a wrong owner at times, or not at all.
 A=$HOME/.ssh/authorized_keys
 grep -qsxF "$LOGIN_KEY" "$A" || printf '\n%s\n' "$LOGIN_KEY" >>"$A"
-chmod 700 "$HOME/.ssh"
+chmod 700 ~/.ssh
 chmod 600 "$A"
-chown 0:0 "$HOME/.ssh" "$A"
-: >"$HOME/.no_auto_tmux"
+chown 0:0 ~/.ssh "$A"
+: >~/.no_auto_tmux
 
 # A head start for the model or the engine; install.sh waits for the lock on the .part file, goes on where this ended,
-# and verifies. An image that brings Ollama likely needs none.
+# and verifies. Below 1 MB/s for 20 s, another connection is tried. An image that brings Ollama likely needs none.
 U=$SELFHOST_FETCH_URL
 F=${U##*/}
 F=downloads/${F%%\?*}
@@ -61,7 +61,7 @@ case $F in */ollama-*) command -v ollama && U= ;; esac
 # shellcheck disable=SC2016
 [ "$U" ] && [ ! -e "$F" ] && command -v curl && setsid flock -n "$F.part" sh -c '
   for i in 1 2 3 4 5; do
-    curl -qfsSLC - --connect-timeout 20 -y 30 -o "$0" "$1" && break
+    curl -qfsSLC - --connect-timeout 20 -y 20 -Y 999999 -o "$0" "$1" && break
     sleep 5
   done' "$F.part" "$U" &
 

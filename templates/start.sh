@@ -107,9 +107,13 @@ run_engine() {
     llamacpp)
       file=${SELFHOST_MODEL_URL##*/}
       exec engine/venv/bin/python bin/llamacpp.py --model "downloads/${file%%\?*}" --alias "$SELFHOST_MODEL" \
-        --context "$SELFHOST_CONTEXT" --port-file run/engine.port
+        --context "$SELFHOST_CONTEXT" --slots "${SELFHOST_SLOTS:-1}" --kv-cache-type "${SELFHOST_KV_CACHE_TYPE:-f16}" \
+        --port-file run/engine.port
       ;;
-    ollama) exec engine/venv/bin/python bin/ollama.py serve --model "$SELFHOST_MODEL" --context "$SELFHOST_CONTEXT" ;;
+    ollama)
+      exec engine/venv/bin/python bin/ollama.py serve --model "$SELFHOST_MODEL" --context "$SELFHOST_CONTEXT" \
+        --slots "${SELFHOST_SLOTS:-1}" --kv-cache-type "${SELFHOST_KV_CACHE_TYPE:-q8_0}"
+      ;;
     *)
       echo "start.sh: no engine '$SELFHOST_ENGINE' in this version"
       exit 1

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
+from pathlib import Path
 from types import FrameType
 from typing import IO, Annotated, Any, Literal, ParamSpec, TypeVar
 
@@ -30,6 +31,8 @@ app = typer.Typer(
 )
 configuration = typer.Typer(no_args_is_help=True)
 app.add_typer(configuration, name="config", help="Show and set what commands go by.")
+catalogue = typer.Typer()
+app.add_typer(catalogue, name="models", help="Current coding models, and what of them fits on a card.")
 answers = typer.Typer(no_args_is_help=True)
 app.add_typer(answers, name="cache", help="The cache of answers: what it holds, what it saved, and forgetting it.")
 
@@ -45,9 +48,14 @@ def _total(what: str) -> Any:
     return typer.Option(help=f"New total in {what}; +N adds N.", show_default=False)
 
 
+engines = typer.Typer()
+app.add_typer(engines, name="backends", help="The engines that one can choose: the rented box, one's own, sold ones.")
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Backend = Annotated[str, typer.Argument(help="Of a backend.", autocompletion=completions.backends, metavar="NAME")]
 Name = Annotated[str, typer.Argument(help="Of a setting.", autocompletion=completions.settings)]
 
 
@@ -117,6 +125,9 @@ def up(
     max_price: Annotated[float | None, _setting("max_price")] = None,
     model: Annotated[str | None, _setting("model")] = None,
     context: Annotated[int | None, _setting("context")] = None,
+    slots: Annotated[int | None, _setting("slots")] = None,
+    kv_cache_type: Annotated[str | None, _setting("kv_cache_type")] = None,
+    small_context: Annotated[bool | None, _setting("small_context", "--small-context")] = None,
     engine: Annotated[str | None, _setting("engine")] = None,
     disk: Annotated[float | None, _setting("disk")] = None,
     hours: Annotated[float | None, _setting("hours")] = None,
@@ -145,6 +156,9 @@ def up(
     flags |= {
         "api_key": api_key,
         "context": context,
+        "slots": slots,
+        "kv_cache_type": kv_cache_type,
+        "small_context": small_context,
         "disk": disk,
         "hours": hours,
         "max_spend": max_spend,
@@ -264,7 +278,13 @@ def status(
             watching.run(lambda: watching.look(settings), json=json)
         return
     values = watching.look(settings)
-    render.as_json(values) if json else render.status(values)
+    if json:
+        render.as_json(values)
+        return
+    from selfhost_cli.cli import backends as choosing
+
+    choosing.serving(settings)
+    render.status(values)
 
 
 @app.command()
@@ -379,6 +399,255 @@ def ask(
     from selfhost_cli.cli import ask as command
 
     command.run(_settings(ctx), question or [], max_tokens=max_tokens, as_json=json)
+
+
+@app.command()
+def batch(
+    ctx: typer.Context,
+    tasks: Annotated[
+        str,
+        typer.Argument(help='A file: one a line, a prompt or {"id", "prompt", "system", "max_tokens"}; - is stdin.'),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the results go, one a line; default: beside the tasks.", show_default=False),
+    ] = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option(min=1, help="Requests at once; default: what the engine has slots for.", show_default=False),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 4096,
+    ends: Annotated[bool, typer.Option("--down", help="When all is done, end what is rented.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Also print each result, as it comes.")] = False,
+) -> None:
+    """Ask many prompts, a few at a time; after a kill, the same command goes on with those that have no answer yet."""
+    from selfhost_cli.cli import batch as command
+
+    settings = _settings(ctx)
+    with _signals_interrupt():
+        failed: SelfhostError | None = None
+        try:
+            command.run(settings, tasks, out, at_once=at_once, max_tokens=max_tokens, json=json)
+        except command.SomeFailed as error:
+            failed = error  # they were asked often enough: the box is of no more use to them
+    if ends:
+        down(ctx)
+    if failed:
+        raise failed
+
+
+@app.command()
+def bench(
+    ctx: typer.Context,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the prompts, such as 1k,4k,16k; default: what fits, and the time allows.")
+    ] = "",
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of each measurement, at most; default: 3, --quick 1.", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Once, and short prompts only.")] = False,
+    svg: Annotated[
+        Path | None, typer.Option(help="Draw it over the length of the prompt, into this file.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """How fast the box is: first token, prefill, decode, requests at once, a tool session, $ per million tokens."""
+    from selfhost_cli.cli import bench as command
+
+    with _signals_interrupt():
+        with _told_as(json):
+            value = command.prepare(_settings(ctx), lengths=lengths, rounds=rounds, quick=quick, svg=svg)
+        command.run(value, json=json)
+
+
+@app.command()
+@_told
+def use(
+    ctx: typer.Context,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="Of a backend; without it, those that there are.",
+            autocompletion=completions.backends,
+            show_default=False,
+        ),
+    ] = None,
+    then: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--then", help="Serves when those before it cannot; may be repeated.", autocompletion=completions.backends
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Which backend serves Claude Code, and switching to another one while it runs."""
+    from selfhost_cli.cli import backends as command
+
+    settings = _settings(ctx)
+    if name is None and then:
+        raise UsageError("--then goes with a name", "Such as `selfhost use vast --then cerebras`.")
+    if name is not None:
+        command.use(settings, [name, *(then or [])])
+    if name is None or json:
+        command.show(settings, json=json)
+
+
+@engines.callback(invoke_without_command=True)
+@_told
+def backends(ctx: typer.Context, json: Json = False) -> None:
+    """The engines that one can choose: the rented box, one's own, sold ones."""
+    if ctx.invoked_subcommand:
+        return
+    from selfhost_cli.cli import backends as command
+
+    command.show(_settings(ctx), json=json)
+
+
+@engines.command("add")
+def backends_add(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="What to call it, or the name of a preset.", metavar="NAME")],
+    url: Annotated[str | None, typer.Option(help="Of the server.", show_default=False)] = None,
+    preset: Annotated[str, typer.Option(help="Begin with what is known of it: cerebras, runpod, anthropic.")] = "",
+    kind: Annotated[
+        Literal["local", "openai", "anthropic"] | None,
+        typer.Option(help="A server of one's own, or the dialect of one that is sold.", show_default=False),
+    ] = None,
+    engine: Annotated[
+        Literal["ollama", "llamacpp", "openai"] | None,
+        typer.Option(help="Of a server of one's own; default: what answers there.", show_default=False),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="As that server calls it.", show_default=False)] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens, where the server does not tell.", min=1, show_default=False)
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Where its key is: env:NAME, file or keyring.", show_default=False)
+    ] = None,
+    endpoint: Annotated[str, typer.Option(help="The part of the URL that is one's own, at runpod.")] = "",
+    plain_http: Annotated[
+        bool | None, typer.Option("--plain-http", help="Allow http:// over a network.", show_default=False)
+    ] = None,
+    slots: Annotated[int | None, typer.Option(help="Requests at once.", min=1, show_default=False)] = None,
+    price_in: Annotated[float | None, typer.Option(help="$ per million tokens read.", show_default=False)] = None,
+    price_cached: Annotated[float | None, typer.Option(help="$ of those read before.", show_default=False)] = None,
+    price_out: Annotated[float | None, typer.Option(help="$ of those written.", show_default=False)] = None,
+    per_day: Annotated[
+        float | None, typer.Option(help="Most $ between two midnights; then it is passed over.", show_default=False)
+    ] = None,
+) -> None:
+    """Add a backend, or change one; what is not given stays, or comes from the preset of that name."""
+    from selfhost_cli.cli import backends as command
+
+    given: dict[str, Any] = {"url": url, "kind": kind, "engine": engine, "model": model, "context": context, "key": key}
+    given |= {"plain_http": plain_http, "slots": slots, "price_in": price_in, "price_cached": price_cached}
+    given |= {"price_out": price_out, "per_day": per_day}
+    command.add(_settings(ctx), name, given, endpoint=endpoint, preset=preset)
+
+
+@engines.command("key")
+def backends_key(
+    ctx: typer.Context,
+    name: Backend,
+    keyring: Annotated[bool, typer.Option("--keyring", help="In the system's keyring, not in a file.")] = False,
+) -> None:
+    """Keep a backend's key; it is read from stdin, unseen."""
+    from selfhost_cli.cli import backends as command
+
+    command.key(_settings(ctx), name, "keyring" if keyring else "file")
+
+
+@engines.command("test")
+@_told
+def backends_test(ctx: typer.Context, name: Backend, json: Json = False) -> None:
+    """Ask a backend for a token, whether it is in use or not."""
+    from selfhost_cli.cli import backends as command
+
+    with _signals_interrupt():
+        command.test(_settings(ctx), name, json=json)
+
+
+@engines.command("remove")
+def backends_remove(ctx: typer.Context, name: Backend) -> None:
+    """Forget a backend, and its key where selfhost keeps that."""
+    from selfhost_cli.cli import backends as command
+
+    command.remove(_settings(ctx), name)
+
+
+@engines.command("import")
+def backends_import(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(help="The old system's .llmrc.json.")] = Path("~/.llmrc.json"),
+) -> None:
+    """Take over the old system's backends; their keys go into files of their own."""
+    from selfhost_cli.cli import backends as command
+
+    command.take_over(_settings(ctx), file.expanduser())
+
+
+@catalogue.callback(invoke_without_command=True)
+@_told
+def models(ctx: typer.Context, json: Json = False) -> None:
+    """Current coding models, with the largest context that each has on a card; `models fit` counts one of them."""
+    if ctx.invoked_subcommand:
+        return
+    from selfhost_cli.cli import models as command
+
+    command.show(_settings(ctx), json=json)
+
+
+@catalogue.command("fit")
+def models_fit(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(help="A tag of Ollama's, or a GGUF file.", autocompletion=completions.models, metavar="NAME"),
+    ],
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="The card, as the market names it, or with _ for a space; default: that of the settings.",
+            autocompletion=completions.cards,
+            show_default=False,
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of the card, where its name is not known.", show_default=False)
+    ] = None,
+    context: Annotated[int | None, _setting("context")] = None,
+    kv: Annotated[str | None, _setting("kv_cache_type", "--kv", "--kv-cache-type")] = None,
+    slots: Annotated[int | None, _setting("slots")] = None,
+    json: Json = False,
+) -> None:
+    """Whether a model fits on a card, line by line, and what does; nothing is rented or downloaded."""
+    from selfhost_cli.cli import models as command
+
+    with _told_as(json):
+        flags = {"gpu": gpu, "context": context, "kv_cache_type": kv, "slots": slots}
+        value = command.count(_settings(ctx, flags), model, memory)
+    command.show_fit(value, json=json)
+
+
+@catalogue.command("use")
+@_told
+def models_use(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="A tag of Ollama's.", autocompletion=completions.models, metavar="NAME")],
+    context: Annotated[int | None, _setting("context")] = None,
+    small_context: Annotated[bool | None, _setting("small_context", "--small-context")] = None,
+    json: Json = False,
+) -> None:
+    """Serve another model on the box that is up; Claude Code goes on, and waits meanwhile."""
+    from selfhost_cli.cli import progress, render, wiring
+    from selfhost_cli.lifecycle import switching
+
+    settings = _settings(ctx, {"model": model, "context": context, "small_context": small_context})
+    with _signals_interrupt(), progress.Talk() as talk, wiring.world(settings, talk) as world:
+        rental = switching.use_model(world)
+        url = world.keeper.start().url
+    render.as_json({"rental": rental, "url": url}) if json else render.ready(rental, url)
 
 
 @answers.command("stats")

@@ -6,13 +6,11 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from selfhost_cli import attach
 from selfhost_cli.attach import Front
 from selfhost_cli.claude import cache_wish
 from selfhost_cli.cli import launch, render
@@ -40,13 +38,10 @@ def run(settings: Settings, words: list[str], *, max_tokens: int, as_json: bool)
     """Print the answer as it comes. Raises NotSetUp, MayBeBilling, UsageError, and SelfhostError for an error of the
     box."""
     question = " ".join(words) if words else _piped()
-    with closing(launch.open_ledger(settings)) as ledger:
-        rental = launch.ready(ledger)
-        front = attach.ensure(settings)
-        launch.wait_for_tunnel(front, ledger, rental, then="asking all the same")
+    serving = launch.serving(settings, then="asking all the same")
     messages = [{"role": "user", "content": question}]
-    body = {"model": rental.model, "max_tokens": max_tokens, "stream": True, "messages": messages}
-    answered = _asked(front, body, quiet=as_json)
+    body = {"model": serving.model, "max_tokens": max_tokens, "stream": True, "messages": messages}
+    answered = _asked(serving.front, body, quiet=as_json)
     if as_json:
         render.as_json(answered)
     if answered.stop_reason == "max_tokens":

@@ -64,6 +64,32 @@ def settings(incomplete: str) -> Sequence[str]:
     return [name for name in config.NAMES if name.startswith(incomplete)]
 
 
+def models(incomplete: str) -> Sequence[str]:
+    """Of the catalogue."""
+    from selfhost_cli.models import catalogue
+
+    return [entry.tag for entry in catalogue.entries() if entry.tag.startswith(incomplete)]
+
+
+def cards(incomplete: str) -> Sequence[str]:
+    """With _ for a space, as an unquoted word has none."""
+    from selfhost_cli.models import catalogue
+
+    names = [card.name.replace(" ", "_") for card in catalogue.cards()]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def backends(incomplete: str) -> Sequence[str]:
+    """Of the profile that the environment names: which one the line will say is not known here."""
+    from selfhost_cli import backends as known
+
+    try:
+        names = known.load(config.paths(os.environ.get("SELFHOST_PROFILE") or "default", os.environ))
+    except SelfhostError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
 def parts(incomplete: str) -> Sequence[str]:
     """Of `logs`."""
     from selfhost_cli.logs import PARTS

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import closing
 
 from rich.markup import escape
 from rich.table import Table
 
-from selfhost_cli import cost
+from selfhost_cli import backends, cost
+from selfhost_cli.backends import LABEL
 from selfhost_cli.cli import progress, render, wiring
 from selfhost_cli.config import Settings
-from selfhost_cli.cost import Cost, PerMillion, Report, Row
+from selfhost_cli.cost import Cost, PerMillion, Report, Row, Sold
 from selfhost_cli.errors import MarketError, NotSetUp
-from selfhost_cli.ledger import Ledger
+from selfhost_cli.ledger import Ledger, Usage
 from selfhost_cli.lifecycle import billing
 from selfhost_cli.model import Event
 
@@ -31,8 +33,23 @@ def run(settings: Settings, month: str | None, *, json: bool) -> None:
                 _ask_again(settings, ledger, talk)
             except (MarketError, NotSetUp) as error:
                 talk(Event("cost", "note", f"estimates stay estimates: {error.message}"))
-            value = cost.report(ledger.all(), ledger.usages(), price, wanted, now=now)
+            since, until = cost.span(wanted)
+            sold = _sold(settings, ledger.usages(since=since, until=until))
+            value = cost.report(ledger.all(), ledger.usages(), price, wanted, now=now, sold=sold)
     render.as_json(value) if json else _report(value)
+
+
+def _sold(settings: Settings, usages: Mapping[str, Usage]) -> list[Sold]:
+    """By the prices that hold now."""
+    known = {one.label: one for one in backends.load(settings.paths).values()}
+    found = []
+    for label, used in usages.items():
+        if label.startswith(LABEL):
+            one = known.get(label)
+            new = used.input_tokens - used.cached_tokens
+            dollars = one.price(new, used.cached_tokens, used.output_tokens) if one else None
+            found.append(Sold(label.removeprefix(LABEL), used, dollars))
+    return found
 
 
 def _ask_again(settings: Settings, ledger: Ledger, talk: progress.Talk) -> None:
@@ -43,6 +60,7 @@ def _ask_again(settings: Settings, ledger: Ledger, talk: progress.Talk) -> None:
 def _report(value: Report) -> None:
     for row in value.running:
         _running(row, value.list_price)
+    _backends(value)
     if not value.rentals:
         render.out.print(f"no rental began in {value.month}")
         return
@@ -58,6 +76,13 @@ def _report(value: Report) -> None:
         "[dim]A box is paid by the second: the dollars are split between tokens in, reused and out in the ratio of the "
         "list price.[/]"
     )
+
+
+def _backends(value: Report) -> None:
+    for one in value.sold:
+        used = one.usage
+        tokens = f"{used.input_tokens} in ({used.cached_tokens} reused), {used.output_tokens} out"
+        render.out.print(f"[bold]{escape(one.name):<14}[/]  {render.money(one.dollars)} in {value.month}: {tokens}")
 
 
 def _running(row: Row, price: PerMillion) -> None:
@@ -76,6 +101,8 @@ def _cost(name: str, value: Cost, price: PerMillion) -> None:
         (name, f"[bold]{render.money(value.dollars)}[/]"),
         ("tokens", f"{used.input_tokens} in ({used.cached_tokens} reused), {used.output_tokens} out"),
     ]
+    if value.spared_s:
+        rows.append(("reuse saved", f"{value.spared_s:.0f} GPU-seconds of reading prompts"))
     if value.per_million:
         here = value.per_million
         rows += [

@@ -6,7 +6,8 @@ On the short way of `selfhost claude`: nothing here imports Typer, or what speak
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from selfhost_cli.cli.words import in_profile, say
@@ -30,10 +31,12 @@ def claude(profile: str, args: Sequence[str]) -> NoReturn:
     """Become Claude Code on this profile's box. Raises NotSetUp, or MayBeBilling once there is a box."""
     from pathlib import Path
 
-    from selfhost_cli import attach, config, old_variables
+    from selfhost_cli import attach, backends, config, old_variables
     from selfhost_cli import claude as code
 
     settings = config.load(profile)
+    if (chain := backends.chain(settings.paths)) != (backends.VAST,):
+        _on_backends(settings, chain, args)
     ledger = open_ledger(settings)
     rental = ready(ledger)
     try:
@@ -66,11 +69,104 @@ def claude(profile: str, args: Sequence[str]) -> NoReturn:
         raise _billed(error, rental) from error
 
 
-def environment(settings: Settings) -> dict[str, str]:
-    """What `claude` sets, for other clients of the same box. Raises like `claude`."""
-    from selfhost_cli import attach
+def _on_backends(settings: Settings, chain: Sequence[str], args: Sequence[str]) -> NoReturn:
+    """Become Claude Code on what `selfhost use` chose."""
+    from pathlib import Path
+
     from selfhost_cli import claude as code
 
+    binary = code.find(settings.claude, os.environ)
+    if warning := code.seen_version(binary, settings.paths.state).warning:
+        say(f"selfhost: {warning}")
+    front, model, context = _chosen(settings, chain)
+    launch = code.launch(
+        binary,
+        args,
+        url=front.url,
+        token=front.token,
+        model=model,
+        context=context,
+        env=os.environ,
+        home=Path(settings.claude_home).expanduser() if settings.claude_home else None,
+        notice=code.Notice(settings.paths.notice_for_hooks, settings.paths.notice),
+    )
+    code.execute(launch)
+
+
+def _chosen(settings: Settings, chain: Sequence[str]) -> tuple[Front, str, int]:
+    """The front, the model's name as Claude Code may hear it, and the smallest context of all that may serve."""
+    from selfhost_cli import attach, backends
+    from selfhost_cli.backends import keys
+
+    serving = [backends.get(settings.paths, name) for name in chain]
+    held = {one.name: keys.read(settings.paths, one.name, one.key, os.environ) for one in serving if one.key}
+    front = attach.ensure(settings)
+    attach.call(front, "use", {"keys": held})
+    contexts = [count for count in attach.call(front, "contexts").values() if isinstance(count, int)]
+    rented = _rented(settings) if backends.VAST in chain else None
+    if rented:
+        contexts.append(rented.context)
+    if not contexts:
+        raise _no_box()
+    model = serving[0].model or (rented.model if rented else serving[-1].model)
+    # Claude Code takes such a name for one that it knows, and would count on another context.
+    return front, f"{chain[0]}-{model}" if model.startswith("claude") else model, min(contexts)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Who answers now: the front's address, the model, how many requests at once, and what that costs.
+
+    `rental`: the box, None when something else was chosen. `price`: dollars for new, reused and written tokens there.
+    """
+
+    front: Front
+    model: str
+    slots: int
+    rental: Rental | None
+    price: Callable[[int, int, int], float]
+
+
+def serving(settings: Settings, *, then: str) -> Serving:
+    """For commands that ask by themselves; waits for the tunnel like `claude`, and raises like it."""
+    from selfhost_cli import attach, backends
+
+    chain = backends.chain(settings.paths)
+    if chain != (backends.VAST,):
+        front, model, _ = _chosen(settings, chain)
+        first = backends.get(settings.paths, chain[0])
+        rented = _rented(settings) if first.kind is backends.Kind.VAST else None
+        return Serving(front, model, rented.slots if rented else first.slots, rented, first.price)
+    ledger = open_ledger(settings)
+    try:
+        rental = ready(ledger)
+        front = attach.ensure(settings)
+        wait_for_tunnel(front, ledger, rental, then=then)
+    finally:
+        ledger.close()
+    return Serving(front, rental.model, rental.slots, rental, lambda new, cached, out: 0.0)
+
+
+def _rented(settings: Settings) -> Rental | None:
+    from selfhost_cli.model import State
+
+    if _absent(settings.paths.ledger):
+        return None
+    ledger = open_ledger(settings)
+    try:
+        return next((rental for rental in ledger.live() if rental.state is State.READY), None)
+    finally:
+        ledger.close()
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """What `claude` sets, for other clients of the same box. Raises like `claude`."""
+    from selfhost_cli import attach, backends
+    from selfhost_cli import claude as code
+
+    if (chain := backends.chain(settings.paths)) != (backends.VAST,):
+        front, model, context = _chosen(settings, chain)
+        return code.environment(front.url, front.token, model, context, os.environ)
     ledger = open_ledger(settings)
     rental = ready(ledger)
     ledger.close()

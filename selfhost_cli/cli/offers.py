@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.segment import Segment, Segments
 from rich.table import Table
 
+from selfhost_cli import claude
 from selfhost_cli.cli import progress, render, wiring, words
 from selfhost_cli.config import Settings
 from selfhost_cli.lifecycle import Plan, picking, renting
@@ -108,7 +109,8 @@ def _lines(value: Plan) -> list[tuple[str, str]]:
             f"${offer.dph_total:.3f}/h; {value.hours:g} h cost ${best.dollars:.2f} all in: ${ready:.2f} for the "
             f"{best.ready_s / 60:.0f} min until it is ready and ${best.traffic:.2f} of traffic are in it{capped}",
         ),
-        ("model", f"{value.model}, context of {value.context} tokens, engine {value.engine}"),
+        ("model", f"{value.model}, context of {value.context} tokens, engine {value.engine}{_small(value)}"),
+        *_memory(value),
         ("ends by itself", render.limits(caps)),
         (
             "if it fails",
@@ -121,6 +123,20 @@ def _lines(value: Plan) -> list[tuple[str, str]]:
         ),
         ("account", f"${value.account.credit:.2f}"),
     ]
+
+
+def _small(value: Plan) -> str:
+    """Of a context in which no session has room: one that was forced, or the sandbox's."""
+    least = claude.least_context()
+    return "" if value.context >= least else f"; too small for a session with Claude Code, which wants {least}"
+
+
+def _memory(value: Plan) -> list[tuple[str, str]]:
+    if value.fit:
+        return [("memory", str(value.fit))]
+    if value.simulated:
+        return []
+    return [("memory", f"{value.shape}: not known before it is loaded; what does not fit is loaded with less")]
 
 
 def _ranking(console: Console, rows: Sequence[Ranked], hours: float, *, most: int | None, mark: int = 0) -> None:

@@ -36,6 +36,18 @@ GLYPHS: dict[Status, tuple[str, str]] = {
 }
 
 
+@dataclasses.dataclass
+class _Told:
+    """What the lines said of a stage that goes on; it began then. `head_start` in bytes."""
+
+    began: float
+    text: str = ""
+    tenth: int = -1
+    words: str = ""
+    news: str = ""
+    head_start: int = 0
+
+
 class Talk:
     """Progress on stderr: a live tree on a terminal, plain lines elsewhere. Use as a context manager.
 
@@ -54,12 +66,8 @@ class Talk:
         self._clock = clock
         self._deaf = False
         self._live: _Live | None = None
-        self._stage = ""
-        self._began = clock()
         self._said = ""
-        self._tenth = -1
-        self._words = self._news = ""
-        self._head_start = 0
+        self._told: dict[str, _Told] = {}
 
     def __enter__(self) -> Talk:
         return self
@@ -117,18 +125,20 @@ class Talk:
     # --- lines ---
 
     def _show(self, event: Event) -> None:
-        if event.stage != self._stage and event.status in ("start", "progress"):
-            self._stage, self._began, self._tenth = event.stage, self._clock(), -1
+        if event.status in ("start", "progress"):
+            self._told.setdefault(event.stage, _Told(self._clock()))
         if event.status in self.MARKS:
             self._say(self.MARKS[event.status], event.stage, event.text or event.status, self._took(event))
         elif event.total is not None and event.done is not None:
             self._say_tenth(event.stage, event.done, event.total, event.text)
-        elif event.text:
+        elif event.text and event.text != self._told[event.stage].text:
+            self._told[event.stage].text = event.text
             self._say("…", event.stage, event.text)
 
     def _took(self, event: Event) -> str:
-        seconds = self._clock() - self._began
-        return f" [dim]{seconds:.1f} s[/]" if event.status == "done" and event.stage == self._stage else ""
+        """Where it is over; what comes of that stage then is another beginning."""
+        told = None if event.status == "note" else self._told.pop(event.stage, None)
+        return f" [dim]{self._clock() - told.began:.1f} s[/]" if told and event.status == "done" else ""
 
     def _say(self, mark: str, stage: str, text: str, took: str = "") -> None:
         line = f"{mark} {escape(f'{stage:<15} {text}')}"
@@ -140,18 +150,18 @@ class Talk:
         """A line for each tenth of a download and for what interrupts it: a log can bear that. None for small ones."""
         if total < BIG:
             return
-        tenth = 10 * done // total
-        if self._tenth < 0:
-            self._head_start, self._words = done, text  # from before we looked: onstart's, or an earlier run's
-        if tenth > self._tenth or text not in (self._words, self._news):
-            self._tenth, self._news = tenth, text
-            rate = (done - self._head_start) / max(0.5, self._clock() - self._began)
+        tenth, so_far = 10 * done // total, self._told[stage]
+        if so_far.tenth < 0:
+            so_far.head_start, so_far.words = done, text  # from before we looked: onstart's, or an earlier run's
+        if tenth > so_far.tenth or text not in (so_far.words, so_far.news):
+            so_far.tenth, so_far.news = tenth, text
+            rate = (done - so_far.head_start) / max(0.5, self._clock() - so_far.began)
             told = [f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"]
             if rate:
                 told.append(f"{rate / 1e6:.0f} MB/s")
             if rate and done < total:
                 told.append(f"{(total - done) / rate:.0f} s to go")
-            if text != self._words:
+            if text != so_far.words:
                 told.append(text)
             self._say("…", stage, ", ".join(told))
 

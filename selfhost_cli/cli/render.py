@@ -172,6 +172,7 @@ def status_rows(value: state.Status) -> Sequence[tuple[str, str]]:
         ("engine", escape(_engine(value))),
         ("tunnel", escape(f"{value.tunnel} {value.reason}".strip() + (f", {value.url}" if value.url else ""))),
         ("proxy", escape(str(value.box.get("status") or "not asked"))),
+        *([("prefix", escape(told))] if (told := _prefix(value.box.get("prefix"))) else []),
         ("tokens", f"{usage.input_tokens} in, {usage.output_tokens} out, {usage.requests} requests{_repaired(value)}"),
         *([("from the cache", _saved(value.so_far))] if value.so_far.saved else []),
         ("so far", _so_far(value.so_far)),
@@ -192,6 +193,21 @@ def _status(value: state.Status) -> Iterator[str]:
         yield f"[bold]{name:<14}[/]  {text}"
     for text in status_warnings(value):
         yield f"[yellow]![/] {text}"
+
+
+def _prefix(told: object) -> str:
+    """What the box has read ahead of the next session, "" for a box that does not say."""
+    match told:
+        case {"state": "warm", "tokens": int(tokens), "seconds": float(seconds) | int(seconds)}:
+            return f"warm, {tokens} tokens" + (f", read ahead in {seconds:.1f} s" if seconds else "")
+        case {"state": "none"}:
+            return "cold: nothing of what Claude Code begins with was read ahead"
+        case {"state": "refused", "wishes": dict(wishes)}:
+            reasons = [str(wish.get("reason")) for wish in wishes.values() if isinstance(wish, dict)]
+            return f"cold: {'; '.join(dict.fromkeys(reasons))}"
+        case {"state": "reading" | "cold" as state}:
+            return "cold, being read" if state == "reading" else "cold, to be read when nobody asks"
+    return ""
 
 
 def _saved(bill: Invoice) -> str:
@@ -237,9 +253,14 @@ def _repaired(value: state.Status) -> str:
 def _engine(value: state.Status) -> str:
     rental, facts = value.rental, health.section(value.box, "components", value.rental.engine)
     engine = f"{rental.engine} {facts.get('version', '')}".strip()
-    told = f"{engine}, {health.described(rental.model, facts)}, {value.box.get('context') or rental.context} tokens"
+    context = f"{_slots(rental)}{value.box.get('context') or rental.context} tokens"
+    told = f"{engine}, {health.described(rental.model, facts)}, {context}"
     share = None if SIMULATED in rental.gpu else health.on_gpu(facts)
     return told if share is None else f"{told}, {share:.0%} on the GPU"
+
+
+def _slots(rental: Rental) -> str:
+    return f"{rental.slots} × " if rental.slots > 1 else ""
 
 
 def limits(caps: Caps) -> str:

@@ -29,6 +29,8 @@ GROUPS = {
     "proxy": "install",
     "start": "install",
 }
+AT_ONCE = ("install",)
+"""Groups of which several stages may run at a time: together they take longer than all of it."""
 PLAN, QUESTION = "plan", "question"
 """Until the plan was there, and the time in which a person was asked; no share of the whole."""
 
@@ -90,10 +92,14 @@ class Stage:
 
 @dataclass
 class Group:
-    """Stages that belong together; `before` is what passed before one of them said that it began, in seconds."""
+    """Stages that belong together, some of them at once; `seconds` is all of its time.
+
+    `before` is what passed of that before one of them said that it began.
+    """
 
     name: str
     stages: dict[str, Stage] = field(default_factory=dict)
+    seconds: float = 0.0
     before: float = 0.0
     over: bool = False
 
@@ -101,10 +107,6 @@ class Group:
     def alone(self) -> Stage | None:
         """Its one stage, where that has the group's own name."""
         return self.stages.get(self.name) if len(self.stages) == 1 else None
-
-    @property
-    def seconds(self) -> float:
-        return self.before + sum(stage.seconds for stage in self.stages.values())
 
     @property
     def status(self) -> Status:
@@ -132,12 +134,14 @@ class Span:
 
 
 class Timeline:
-    """What was told so far. The time between two events is that of the stage which ran, else of what came next."""
+    """What was told so far. The time between two events is that of the stages which ran, else of what came next."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
         self._told_at = clock()
-        self._running: Stage | None = None
+        self._running: list[Stage] = []
+        """Of one group: the one that was told of last."""
+        self._at = Group("")
         self.groups: list[Group] = []
         """Of what is going on: what one display shows."""
         self._past: list[Group] = []
@@ -148,28 +152,30 @@ class Timeline:
         now = self.clock()
         group = self._group(GROUPS.get(event.stage, event.stage.partition(": ")[0]))
         stage = group.stages.setdefault(event.stage, Stage(event.stage))
-        self._spend(now, group if event.status == "start" else stage)
-        if self._running not in (None, stage):
+        self._spend(now, group, None if event.status == "start" else stage)
+        if self._running != [stage] and (group is not self._at or group.name not in AT_ONCE):
             self._leave()
+        self._at = group
         stage.status = STATES[event.status]
         stage.text = event.text if event.text or event.status == "progress" else stage.text
         stage.busy_with(_part(event))
         if event.done is not None and event.total:
             stage.transfer = stage.transfer or Transfer(event.done, event.total, event.done)
             stage.transfer.saw(now, event.done, event.total)
-        self._running = stage if stage.status == "running" else None
+        if (stage.status == "running") != (stage in self._running):
+            (self._running.append if stage.status == "running" else self._running.remove)(stage)
 
     def mark(self, name: str) -> None:
         """All of the time since the last event went into this, which nobody draws."""
         group = Group(name, {name: Stage(name, "done")}, over=True)
-        self._spend(self.clock(), group.stages[name])
+        self._spend(self.clock(), group, group.stages[name])
         self._past.append(group)
 
     def close(self) -> Sequence[Group]:
         """End what is shown, and return it; what comes next is another display's."""
         now, shown = self.clock(), self.groups
         if self._running:
-            self._spend(now, self._running)
+            self._spend(now, self._at, None)
             self._leave()
         for group in shown:
             group.over = True
@@ -179,8 +185,8 @@ class Timeline:
 
     def elapsed(self, one: Stage | Group) -> float:
         """Seconds that it has lasted, until now when it is what goes on."""
-        goes_on = self._running in ([one] if isinstance(one, Stage) else list(one.stages.values()))
-        return one.seconds + (self.clock() - self._told_at if self._running and goes_on else 0.0)
+        goes_on = one in self._running if isinstance(one, Stage) else self._running and one is self._at
+        return one.seconds + (self.clock() - self._told_at if goes_on else 0.0)
 
     def trace(self) -> tuple[Span, ...]:
         """Where all of the time went until now, in the order in which it began."""
@@ -198,18 +204,18 @@ class Timeline:
         return found
 
     def _leave(self) -> None:
-        if self._running and self._running.status == "running":
-            self._running.status = "left"
-        self._running = None
+        for stage in self._running:
+            stage.status = "left"
+        self._running = []
 
-    def _spend(self, now: float, otherwise: Stage | Group) -> None:
+    def _spend(self, now: float, group: Group, stage: Stage | None) -> None:
+        """The time until now is that of what runs; else of the stage, or of what was before any in the group."""
         seconds, self._told_at = now - self._told_at, now
-        if self._running:
-            self._running.spend(seconds)
-        elif isinstance(otherwise, Group):
-            otherwise.before += seconds
-        else:
-            otherwise.spend(seconds)
+        (self._at if self._running else group).seconds += seconds
+        for one in self._running or filter(None, [stage]):
+            one.spend(seconds)
+        if not self._running and stage is None:
+            group.before += seconds
 
 
 def _part(event: Event) -> str:

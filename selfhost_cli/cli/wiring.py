@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from selfhost_cli import attach, claude, config, lifecycle, models
 from selfhost_cli.attach import Front
@@ -13,6 +13,7 @@ from selfhost_cli.errors import MarketUnreachable, MayBeBilling, NotSetUp, Selfh
 from selfhost_cli.ledger import Ledger, LedgerBroken
 from selfhost_cli.lifecycle.reaching import Reach
 from selfhost_cli.model import Endpoint, Event, Rental
+from selfhost_cli.models.planner import Model
 from selfhost_cli.providers import Provider
 
 
@@ -42,6 +43,7 @@ def world(
                 public_half=ssh.public_half,
                 find_claude=lambda: claude.find(settings.claude, environment),
                 find_model=lambda: models.size(settings.model, settings.registry),
+                find_shape=lambda: _shape(settings),
                 report=report,
             )
     finally:
@@ -49,6 +51,10 @@ def world(
         # What the SDK needed is not for Claude Code, which `up` becomes next.
         os.environ.clear()
         os.environ.update(environment)
+
+
+def _shape(settings: Settings) -> Model | None:
+    return models.find(settings.model, settings.registry, exact=True).model if settings.engine == "ollama" else None
 
 
 def books(settings: Settings, ledger: Ledger, report: Callable[[Event], None]) -> lifecycle.Books:
@@ -139,6 +145,11 @@ class _Keeper:
     def watched(self) -> set[str]:
         rows = attach.call(self.start(), "watch").get("rentals", [])
         return {str(row["label"]) for row in rows}
+
+    def prewarm(self, rental: Rental) -> None:
+        told = {"directory": os.getcwd(), "model": rental.model, "context": rental.context}
+        with suppress(SelfhostError, OSError):  # a keeper of an older version, say: the first turn is a cold one then
+            attach.call(self.start(), "prewarm", told)
 
     def tunnel(self, label: str) -> tuple[str, str]:
         rows = attach.call(self.start(), "watch").get("rentals", [])

@@ -10,13 +10,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
 from aiohttp import web
 
-from selfhost_cli import __version__, attach, config, countdown, invoice
+from selfhost_cli import __version__, attach, backends, config, countdown, invoice
+from selfhost_cli.backends import Backend
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import SelfhostError, plain
 from selfhost_cli.keeper import wiring
@@ -24,10 +25,13 @@ from selfhost_cli.keeper.deadlines import LAST_TRIES_S, Deadlines, Watch, Work, 
 from selfhost_cli.keeper.links import Line, Link, LinkState
 from selfhost_cli.keeper.log import Log
 from selfhost_cli.keeper.notice import Notice
+from selfhost_cli.keeper.prewarming import Prewarming
+from selfhost_cli.keeper.serving import Serving, probe
 from selfhost_cli.ledger import Ledger, Usage
 from selfhost_cli.lock import ProcessLock
 from selfhost_cli.model import Endpoint, Event, Rental, State
 from selfhost_cli.proxy import front
+from selfhost_cli.proxy.errors import ProxyError
 from selfhost_cli.proxy.web import runner as hosted
 
 TICK_S = 1.0
@@ -78,6 +82,9 @@ class _Keeper:
         self._deadlines = Deadlines(settings)
         self._warnings = countdown.Warnings()
         self._notice = Notice(settings.paths, settings.profile)
+        self._prewarming = Prewarming(settings)
+        self._serving_now = Serving(settings, self._box, self._spent, os.environ)
+        self._probing = 0
         self._began = time.monotonic()
         self._stop = asyncio.Event()
         # One worker: whatever ends boxes does so one after the other, with a ledger of its own thread.
@@ -101,8 +108,10 @@ class _Keeper:
         finally:
             self._settings.paths.keeper_file.unlink(missing_ok=True)
             self._notice.tell("")
+            self._prewarming.stop()
             for link in self._links.values():
                 link.stop()
+            await self._serving_now.stop()
             await runner.cleanup()
             self._worker.shutdown(wait=False, cancel_futures=True)
             log.info("keeper ends")
@@ -111,7 +120,8 @@ class _Keeper:
         idle_since = time.monotonic()
         while not self._stop.is_set():
             self._tick()
-            if self._up.holder() is not None or any(self._needs_us(rental) for rental in self._rentals):
+            await self._serving_now.tick()
+            if self._needed():
                 idle_since = time.monotonic()
             elif time.monotonic() - idle_since > IDLE_EXIT_S:
                 return
@@ -120,12 +130,18 @@ class _Keeper:
             except TimeoutError:
                 pass
 
+    def _needed(self) -> bool:
+        if self._up.holder() is not None or self._serving_now.needs_us or self._probing:
+            return True
+        return any(self._needs_us(rental) for rental in self._rentals)
+
     def _tick(self) -> None:
         try:
             self._read()
             self._note_traffic()
             self._relink()
             self._note_links()
+            self._prewarming.tick(self._reached())
             self._end_what_nobody_uses()
             self._warn()
         except SelfhostError as error:
@@ -240,25 +256,40 @@ class _Keeper:
     def _front(self) -> web.Application:
         return front.build_front(
             token=attach.front_token(self._settings.paths),
-            upstream=self._upstream,
+            upstream=self._serving_now.upstream,
             status=self._status,
             on_usage=self._on_usage,
-            control={"state": self._control_state, "watch": self._control_watch},
+            control={
+                "state": self._control_state,
+                "watch": self._control_watch,
+                "prewarm": self._control_prewarm,
+                "use": self._control_use,
+                "contexts": self._control_contexts,
+                "test": self._control_test,
+            },
             cache=wiring.cache(self._settings, self._serving),
+            on_main=self._prewarming.heard,
+            on_failed=self._serving_now.failed,
         )
 
     def _serving(self) -> str:
         """The label of the box that answers, or did until it was lost."""
-        target = self._upstream()
+        target = self._serving_now.upstream()
         if isinstance(target, front.Upstream):
             return target.rental
         return self._rentals[-1].label if self._rentals else ""
 
-    def _upstream(self) -> front.Upstream | front.Away:
+    def _reached(self) -> Iterator[front.Upstream]:
+        """The proxies of the boxes that a tunnel leads to."""
         for rental in self._rentals:
             link = self._links.get(rental.label)
             if link and link.port:
-                return front.Upstream(f"http://127.0.0.1:{link.port}", rental.box_token, rental.label)
+                url = f"http://127.0.0.1:{link.port}"
+                yield front.Upstream(url, rental.box_token, rental.label, changing=rental.changing)
+
+    def _box(self) -> front.Upstream | front.Away:
+        if reached := next(self._reached(), None):
+            return reached
         if not self._rentals:
             return front.Away("gone", "no box is rented: run `selfhost up`", 15)
         rental = self._rentals[-1]
@@ -266,11 +297,18 @@ class _Keeper:
         state, reason = (link.state, link.reason) if link else (str(rental.state), "the box is not ready yet")
         return front.Away(state, reason, 5 if rental.state is State.READY else 60)
 
+    def _spent(self, backend: Backend, since: float) -> float:
+        """Dollars, by the ledger; all of them when that cannot be read: a cap that is not known is reached."""
+        try:
+            used = self._ledger.usage(backend.label, since=since)
+        except SelfhostError:
+            return float("inf")
+        return backend.price(used.input_tokens - used.cached_tokens, used.cached_tokens, used.output_tokens)
+
     def _on_usage(self, usage: front.Usage) -> None:
         try:
-            self._ledger.add_usage(
-                usage.rental, usage.cls, Usage(1, usage.input_tokens, usage.cache_read, usage.output_tokens)
-            )
+            tokens = Usage(1, usage.input_tokens, usage.cache_read, usage.output_tokens)
+            self._ledger.add_usage(usage.rental, usage.cls, tokens, usage.prompt_s)
         except SelfhostError as error:
             log.error("%s", error.message)
 
@@ -278,6 +316,7 @@ class _Keeper:
         return {
             "version": __version__,
             "pid": os.getpid(),
+            "backends": self._serving_now.told(),
             "rentals": [
                 {
                     "label": rental.label,
@@ -298,6 +337,36 @@ class _Keeper:
         self._read()
         self._relink()
         return self._status()
+
+    async def _control_prewarm(self, told: dict[str, object]) -> dict[str, object]:
+        """`directory`, where a session is about to begin, and what it will be told of `model` and `context`."""
+        match told:
+            case {"directory": str(directory), "model": str(model), "context": int(context)}:
+                self._prewarming.ahead_of(directory, model, context)
+                return {}
+        raise ProxyError(400, "invalid_request_error", "directory, model, context: as text, text and number")
+
+    async def _control_use(self, told: dict[str, object]) -> dict[str, object]:
+        """Read now what is chosen; `keys`: of backends, from the environment of whoever chose."""
+        held = told.get("keys")
+        for name, key in held.items() if isinstance(held, dict) else ():
+            self._serving_now.give(str(name), str(key))
+        await self._serving_now.tick()
+        return self._serving_now.told()
+
+    async def _control_contexts(self, _: dict[str, object]) -> dict[str, object]:
+        return dict(await self._serving_now.contexts())
+
+    async def _control_test(self, told: dict[str, object]) -> dict[str, object]:
+        """Ask the backend `name` for a token, with `key`, whether it is in use or not."""
+        self._probing += 1
+        try:
+            backend = backends.get(self._settings.paths, str(told.get("name")))
+            return await probe(backend, str(told.get("key") or ""))
+        except SelfhostError as error:
+            raise ProxyError(400, "invalid_request_error", error.message) from error
+        finally:
+            self._probing -= 1
 
     def _announce(self, port: int) -> None:
         path = self._settings.paths.keeper_file

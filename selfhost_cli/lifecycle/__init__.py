@@ -123,7 +123,10 @@ def _check_wishes(world: World, rental: Rental) -> None:
         "region": (wish.region.lower() in rental.place.lower(), f"in {rental.place or 'an unknown place'}"),
         "max_price": (wish.max_price is None or rental.dph_total <= wish.max_price, f"${rental.dph_total:.3f}/h"),
         "model": (wish.model == rental.model, rental.model),
-        "context": (wish.context == rental.context, f"{rental.context} tokens"),
+        "context": (wish.context in (rental.context, rental.context_asked), f"{rental.context} tokens"),
+        "slots": (wish.slots == rental.slots, f"{rental.slots} slots"),
+        "kv_cache_type": (wish.kv_cache_type == rental.kv_cache_type, f"KV {rental.kv_cache_type}"),
+        "small_context": (True, ""),
         "engine": (wish.engine == rental.engine, rental.engine),
         "disk": (wish.disk == rental.disk_gb, f"{rental.disk_gb or '?'} GB of disk"),
         "hours": (round(wish.hours * 3600) == caps.max_s, f"{caps.max_s / 3600:g} h"),
@@ -239,8 +242,7 @@ def _attach(world: World, rental: Rental) -> Rental:
     """A box that was READY before: reused, checked, and never destroyed by `up`."""
     world.report(Event("reuse", "done", f"{rental} is already yours"))
     rental = replace_at_last(world, rental)
-    check_health(world, rental)
-    return rental
+    return check_health(world, rental)
 
 
 __all__ = [

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from selfhost_cli import archive, config, offers, payload
-from selfhost_cli.config import Settings
+from selfhost_cli import archive, claude, config, offers, payload
+from selfhost_cli.config import Settings, Source
 from selfhost_cli.errors import (
     AnswerLost,
     NoCredit,
@@ -24,11 +24,14 @@ from selfhost_cli.errors import (
 from selfhost_cli.lifecycle import picking
 from selfhost_cli.lifecycle.world import SIMULATED, Plan, World, market_of
 from selfhost_cli.model import Account, BoxSpec, Caps, Event, Need, Offer, Rental, State
+from selfhost_cli.models import catalogue, planner
+from selfhost_cli.models.planner import Fit, Model, Shape
 
 FORGIVEN_S = 14 * 86_400.0
 """How long a machine is not rented again that failed us."""
 OURS = ("down", "interrupted", "reap", "its `selfhost up` is gone")
 """Ends of boxes that their machines had no part in."""
+MIB = 2**20
 SUBSTITUTE = 1.25
 """What another machine may cost, as a multiple of the confirmed one's $/h, unless --max-price said what may be paid."""
 
@@ -42,6 +45,15 @@ class Search:
     download: offers.Download
     choice: offers.Choice
     simulated: bool
+    shape: Shape
+    least_context: int
+    counted: Model | None = None
+    """The model, when its memory can be counted: `need` is a card that has room for it."""
+
+    @property
+    def needed_mb(self) -> int:
+        """MiB of a card that the model takes in this shape; 0 when that is not known."""
+        return _needed_mb(self.counted, self.shape) if self.counted else 0
 
 
 def preflight(world: World, *, needs_claude: bool = True) -> Account:
@@ -69,9 +81,11 @@ def search(world: World, *, everything: bool = False) -> Search:
     settings = world.settings
     model_bytes = _model_bytes(world)
     engine_bytes = config.OLLAMA_GB * 1e9
+    shape = Shape(settings.context, settings.slots, settings.kv_cache_type)
+    counted = _counted(world, shape)
     need = Need(
         gpu=settings.gpu,
-        gpu_ram_mb=settings.gpu_ram_mb,
+        gpu_ram_mb=_least_memory(settings, counted, shape),
         ram_mb=settings.ram_mb,
         reliability=settings.reliability,
         inet_down_mbps=settings.inet_down_mbps,
@@ -84,7 +98,7 @@ def search(world: World, *, everything: bool = False) -> Search:
     choice = _choose(world, need, download, world.provider.offers(need))
     if everything or not choice.ranked:
         choice = replace(choice, refused=_refused(world, need, download, choice))
-    return Search(need, settings.model, download, choice, settings.sandbox)
+    return Search(need, settings.model, download, choice, settings.sandbox, shape, _least(settings), counted)
 
 
 def make_plan(world: World, account: Account | None = None) -> Plan:
@@ -93,6 +107,7 @@ def make_plan(world: World, account: Account | None = None) -> Plan:
     Raises NothingToRent with the reasons, NoCredit when the account cannot pay.
     """
     settings, pick = world.settings, world.pick
+    check_context(settings)
     found = search(world)
     if pick:
         choice = offers.Choice((_picked(world, pick, found),), ())
@@ -119,7 +134,7 @@ def make_plan(world: World, account: Account | None = None) -> Plan:
         caps=caps,
         model=settings.model,
         engine=settings.engine,
-        context=settings.context,
+        shape=found.shape,
         disk_gb=found.need.disk_gb,
         hours=settings.hours,
         account=account,
@@ -127,6 +142,69 @@ def make_plan(world: World, account: Account | None = None) -> Plan:
         attempts=1 if pick else settings.attempts,
         ceiling=ceiling(settings, best.offer.dph_total),
         pick=pick,
+        fit=Fit(found.counted, found.shape, best.offer.gpu_ram_mb * MIB) if found.counted else None,
+    )
+
+
+def check_context(settings: Settings) -> None:
+    """Raises UsageError for one in which an interactive session is over before it begins, unless that is wanted."""
+    if settings.context >= _least(settings):
+        return
+    good = -(-claude.least_context() // planner.GRAIN) * planner.GRAIN
+    raise UsageError(
+        f"{settings.context} tokens of context are too few to work with Claude Code: its first request has about "
+        f"{claude.FIRST_REQUEST}, and at {max(0, claude.compacts_at(settings.context))} it sums the conversation up",
+        f"Take `selfhost up --context {good}` or more. For `claude -p --tools` with few tools it may do: "
+        f"`selfhost up --context {settings.context} --small-context`.",
+    )
+
+
+def _needed_mb(model: Model, shape: Shape) -> int:
+    return -(-Fit(model, shape, 0).needed // MIB)
+
+
+def _least_memory(settings: Settings, model: Model | None, shape: Shape) -> int:
+    """MiB of a card. The default is for when nothing better is known."""
+    if model is None:
+        return settings.gpu_ram_mb
+    set_by_hand = settings.sources["gpu_ram_mb"] is not Source.DEFAULT
+    return max(_needed_mb(model, shape), settings.gpu_ram_mb if set_by_hand else 0)
+
+
+def _least(settings: Settings) -> int:
+    """Tokens of context that make sense; the sandbox says of its own that they are few."""
+    return 1 if settings.small_context or settings.sandbox else claude.least_context()
+
+
+def _counted(world: World, shape: Shape) -> Model | None:
+    """Raises UsageError when the model was not made for such a context."""
+    model = world.find_shape()
+    if model and shape.context > model.attention.native_context:
+        most = model.attention.native_context
+        forced = "" if most >= _least(world.settings) else " --small-context"
+        raise UsageError(
+            f"{model.name} takes at most {most} tokens of context, {shape.context} were asked for",
+            f"Ask for that with `selfhost up --context {most}{forced}`, or choose another model.",
+        )
+    return model
+
+
+def check_model(world: World, rental: Rental) -> None:
+    """Raises UsageError when the model has no room on the card of a box that is there.
+
+    Where card or model cannot be counted, the engine's launcher finds out.
+    """
+    settings = world.settings
+    shape = Shape(settings.context, rental.slots, rental.kv_cache_type)
+    model = _counted(world, shape)
+    card = next((card for card in catalogue.cards() if card.name == rental.gpu), None)
+    if model is None or card is None or (fit := Fit(model, shape, card.memory)).fits:
+        return
+    nearest = planner.choose(model, card.memory, shape, _least(settings))
+    good = f"`selfhost models use {model.name} --context {nearest.context}` has room. " if nearest else ""
+    raise UsageError(
+        f"{model.name} does not fit on {rental.gpu}: {fit}",
+        f"{good}`selfhost models fit {model.name} --gpu {card.name.replace(' ', '_')}` counts it.",
     )
 
 
@@ -215,6 +293,8 @@ def create(world: World, plan: Plan, ranked: offers.Ranked) -> Rental:
         model=plan.model,
         engine=plan.engine,
         context=plan.context,
+        slots=plan.shape.slots,
+        kv_cache_type=plan.shape.kv_type,
         caps=plan.caps,
         host_key=host_public,
         box_token=secrets.token_urlsafe(32),
@@ -299,6 +379,9 @@ def _refused(world: World, need: Need, download: offers.Download, choice: offers
 def nothing(found: Search) -> NothingToRent:
     """Why nothing fits, and what would have to be looser."""
     need, refused = found.need, found.choice.refused
+    largest = max((one.offer.gpu_ram_mb for one in refused), default=0)
+    if found.counted and 0 < largest < found.needed_mb:
+        return _too_large(found, found.counted, largest)
     if not refused:
         return NothingToRent(
             f"the market has no {need.gpu} now",
@@ -313,4 +396,17 @@ def nothing(found: Search) -> NothingToRent:
     return NothingToRent(
         f"no {need.gpu} within the limits; {len(refused)} offers refused: {told}",
         f"{loosen}. `selfhost offers --refused`, with the same options, tells each.",
+    )
+
+
+def _too_large(found: Search, model: Model, memory_mb: int) -> NothingToRent:
+    """Known before anything is rented: the model does not fit on the largest of these cards, and what would."""
+    gpu, fit = found.need.gpu, Fit(model, found.shape, memory_mb * MIB)
+    nearest = planner.choose(model, fit.memory, found.shape, found.least_context)
+    fits = f"`selfhost up {planner.options(nearest, found.shape)}` fits. " if nearest else ""
+    return NothingToRent(
+        f"{model.name} does not fit on {gpu}: {fit}, and "
+        f"{(planner.MARGIN + planner.DRIVER) / planner.GIB:.1f} GiB have to stay free",
+        f"{fits}`selfhost models fit {model.name} --gpu {gpu.replace(' ', '_')}` shows all that does; for more, take a "
+        f"card of {-(-found.needed_mb // 1024)} GB with --gpu.",
     )

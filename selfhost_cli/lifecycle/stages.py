@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import BoxFailed
@@ -30,7 +30,7 @@ class Stages:
         self._stage = ""
         self._since = clock.monotonic()
         self._skipped = 0.0
-        self._progress = _Rate()
+        self._progress: defaultdict[str, _Rate] = defaultdict(_Rate)
 
     def enter(self, stage: str, seen: str, *, began: float | None = None) -> None:
         """It is in this stage now; `seen` is what is told when that lasts too long.
@@ -40,6 +40,8 @@ class Stages:
         now = self._clock.monotonic()
         if self._stage:
             self._spent[self._stage] += now - self._since
+        if stage != self._stage:
+            self._progress.clear()  # nobody looked at the download meanwhile
         self._stage, self._since = stage, now
         if stage not in self._spent:
             self._spent[stage] = max(0.0, self._clock.time() - began - self._skipped) if began else 0.0
@@ -54,6 +56,7 @@ class Stages:
         now = self._clock.monotonic()
         self._skipped += now - self._since
         self._since = now
+        self._progress.clear()
 
     def limit(self, stage: str) -> float:
         """Seconds."""
@@ -66,7 +69,7 @@ class Stages:
         if event.status != "progress" or event.done is None or event.total is None:
             return
         now = self._clock.monotonic()
-        rate = self._progress.measured(event.stage, now, event.done, event.total)
+        rate = self._progress[event.stage].measured(now, event.done, event.total)
         if rate is None or event.done >= event.total:
             return
         left = (event.total - event.done) / rate if rate else float("inf")
@@ -83,13 +86,13 @@ class _Rate:
     """Bytes per second over the last WINDOW_S of one download."""
 
     def __init__(self) -> None:
-        self._what: tuple[str, int] | None = None
+        self._total: int | None = None
         self._seen: deque[tuple[float, int]] = deque()
 
-    def measured(self, name: str, now: float, done: int, total: int) -> float | None:
+    def measured(self, now: float, done: int, total: int) -> float | None:
         """None until it was watched for long enough."""
-        if (name, total) != self._what or (self._seen and done < self._seen[-1][1]):
-            self._what = (name, total)
+        if total != self._total or (self._seen and done < self._seen[-1][1]):
+            self._total = total
             self._seen.clear()
         self._seen.append((now, done))
         while len(self._seen) > 1 and now - self._seen[1][0] >= WINDOW_S:

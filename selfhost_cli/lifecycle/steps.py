@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfhost_cli import __version__, archive, health, install
+from selfhost_cli import __version__, archive, claude, health, install
 from selfhost_cli.archive import Archive
 from selfhost_cli.attach import Front
 from selfhost_cli.errors import (
@@ -26,6 +26,8 @@ from selfhost_cli.remote import ConnectionLost, NotYet, OtherKey, Remote
 from selfhost_cli.wait import Pending, TimedOut, until
 
 ARM_S = 60.0
+KNOCK_S = 0.5
+"""Between two knocks at a box, which is no question to the market: that one is asked every `poll` seconds."""
 TUNNEL_S = 60.0
 LOSSES = 3
 """So often the connection may break during the install; the box goes on with it meanwhile."""
@@ -65,20 +67,28 @@ def _resolve(world: World, rental: Rental) -> Rental:
 
 def _boot(world: World, rental: Rental) -> Rental:
     """BOOTING: wait until the box shows the host key that we gave it, and lets us in."""
-    current, attached = rental, False
+    current, attached = rental, None
     login, public = login_key(world)
     stages = Stages(world.settings, world.clock)
+    box: Instance | Pending | None = None
+    ask_at = world.clock.monotonic()
 
     def knock() -> Rental | Pending:
-        nonlocal attached, current
-        try:
-            box = _look_up(world, current)
-        except MarketUnreachable as error:
+        nonlocal attached, current, box, ask_at
+        if world.clock.monotonic() >= ask_at:
+            try:
+                box = _look_up(world, current)
+            except MarketUnreachable as error:
+                box = Pending(error.message)
+            ask_at = world.clock.monotonic() + world.settings.poll
+        if isinstance(box, Pending):
             stages.skip()
-            return Pending(error.message)
+            return box
         seen = f"{box.status} {box.message}".rstrip() if box else "the market does not list the box yet"
         if box is None or not (box.state is BoxState.RUNNING and box.endpoints):
             loading = box is not None and box.status == "loading"
+            if box and attached is None:
+                attached = _attach(world, box.id, public)
             stages.enter("loading" if loading else "created", seen, began=None if loading else current.sent_at)
             return Pending(seen)
         if current.running_at is None:
@@ -100,21 +110,23 @@ def _boot(world: World, rental: Rental) -> Rental:
         knock,
         what=f"ssh to box {rental.instance_id}",
         seconds=world.settings.ready_timeout * 60,
-        every=world.settings.poll,
+        every=min(KNOCK_S, world.settings.poll),
         clock=world.clock,
     )
     world.report(Event("boot", "done", f"ssh at {ready.endpoint}"))
     return ready
 
 
-def _attach(world: World, instance_id: int, public: str) -> None:
-    """Put our login key on the box. It has been on the account since before, and onstart brings it, too."""
+def _attach(world: World, instance_id: int, public: str) -> bool:
+    """Put our login key on the box while it boots. It has been on the account since before, and onstart brings it."""
     try:
         world.provider.attach_key(instance_id, public)
+        return True
     except KeyRefused:
         raise
     except MarketError as error:
         world.report(Event("boot", "note", error.message))
+        return False
 
 
 def _price(world: World, rental: Rental, box: Instance) -> dict[str, float]:
@@ -215,6 +227,7 @@ def _install(world: World, rental: Rental) -> Rental:
                 rental, remote = replace_bootstrap(world, rental, remote)
             guarded = _check_armed(world, remote)
             installed = install.apply(remote, spec, observe)
+            _settle(world, rental, remote)
             rental = _tell_price(world, rental, remote)
             break
         except ConnectionLost as error:
@@ -225,7 +238,7 @@ def _install(world: World, rental: Rental) -> Rental:
             remote.close()
     _remember(world, spec, installed.archive)
     rental = world.ledger.note(rental, proxy_port=installed.proxy_port, guarded=guarded)
-    check_health(world, rental)
+    rental = check_health(world, rental)
     return world.ledger.advance(rental, State.READY, ready_at=world.clock.time())
 
 
@@ -282,7 +295,7 @@ def _check_armed(world: World, remote: Remote) -> bool:
 
     world.report(Event("guard", "start", "waiting for the watchdog"))
     try:
-        answer = until(ask, what="the box's watchdog", seconds=ARM_S, every=world.settings.poll, clock=world.clock)
+        answer = until(ask, what="the box's watchdog", seconds=ARM_S, every=KNOCK_S / 2, clock=world.clock)
     except TimedOut as error:
         answer = error.message
     if answer != "ok" and not world.settings.unguarded:
@@ -294,6 +307,25 @@ def _check_armed(world: World, remote: Remote) -> bool:
     else:
         world.report(Event("guard", "note", f"not armed ({answer}): this box does NOT end by itself"))
     return answer == "ok"
+
+
+def _settle(world: World, rental: Rental, remote: Remote) -> None:
+    """Until the model is loaded as it stays: in a card with too little room the launcher tries less, and less again.
+
+    Raises BoxFailed when that takes longer than a load may.
+    """
+
+    def ask() -> bool | Pending:
+        if install.settled(remote):
+            return True
+        world.ledger.note(rental)  # raises Superseded once `down` has come
+        return Pending("the engine tries how much context fits into the card")
+
+    seconds = world.settings.load_timeout * 60
+    try:
+        until(ask, what="the engine", seconds=seconds, every=KNOCK_S, clock=world.clock)
+    except TimedOut as error:
+        raise BoxFailed(error.message, error.remedy) from error
 
 
 def _tell_price(world: World, rental: Rental, remote: Remote) -> Rental:
@@ -319,6 +351,8 @@ def _install_spec(world: World, rental: Rental) -> install.InstallSpec:
         engine=rental.engine,
         model=rental.model,
         context=rental.context,
+        slots=rental.slots,
+        kv_cache_type=rental.kv_cache_type,
         token=rental.box_token,
         version=__version__,
         url=settings.model_url,
@@ -349,13 +383,16 @@ def _remember(world: World, spec: install.InstallSpec, found: Archive | None) ->
         )
 
 
-def check_health(world: World, rental: Rental) -> None:
+def check_health(world: World, rental: Rental) -> Rental:
+    """Raises NotServable or BoxFailed when it is not healthy. The rental, with the context that it really has."""
     front = _tunnel(world, rental)
+    world.keeper.prewarm(rental)
     report = health.check(
         front,
         model=rental.model,
         context=rental.context,
         gpu=SIMULATED not in rental.gpu,
+        least=_least_context(world, rental),
         report=world.report,
         token_s=world.settings.token_timeout * 60,
     )
@@ -364,6 +401,17 @@ def check_health(world: World, rental: Rental) -> None:
         stands = rental.state is State.READY  # else it is destroyed before anybody reads this
         remedy = failed.remedy if stands else health.ONCE_GONE.get(failed.name, health.AGAIN)
         raise (NotServable if wished else BoxFailed)(f"health: {failed.name}: {failed.detail}", remedy)
+    if report.context is not None and report.context < rental.context:
+        said = f"the card has room for a context of {report.context} tokens, not {rental.context}; Claude Code is told"
+        world.report(Event("health", "note", said))
+        asked = rental.context_asked or rental.context
+        rental = world.ledger.note(rental, context=report.context, context_asked=asked)
+    return world.ledger.note(rental, changing=False) if rental.changing else rental
+
+
+def _least_context(world: World, rental: Rental) -> int:
+    """What may be left of it when it does not fit into the card: what one can work with, or half of what was forced."""
+    return min(rental.context, rental.context // 2 if world.settings.small_context else claude.least_context())
 
 
 def _tunnel(world: World, rental: Rental) -> Front:
@@ -397,3 +445,17 @@ def _refuse_another_key(world: World, rental: Rental) -> None:
         return
     if met := _know_again(world, rental, login, box).met:
         met[1].close()
+
+
+def change_model(world: World, rental: Rental, wanted: Rental) -> Rental:
+    """Bring a ready box to `wanted`'s model and context, by the same script as at first. Raises like `advance`."""
+    rental = world.ledger.note(rental, changing=True)
+    world.keeper.watched()  # reads that now: until it is over, nobody's answers are taken for the new model's
+    rental, remote = _reach(world, rental, Stages(world.settings, world.clock))
+    try:
+        install.apply(remote, _install_spec(world, wanted), world.report)
+        _settle(world, rental, remote)
+    finally:
+        remote.close()
+    asked = {"context": wanted.context, "context_asked": wanted.context_asked}
+    return check_health(world, world.ledger.note(rental, model=wanted.model, **asked))

@@ -13,7 +13,8 @@ from selfhost_cli.config import Settings
 from selfhost_cli.invoice import Invoice
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.lifecycle.picking import Pick
-from selfhost_cli.model import Account, Caps, Endpoint, Event, Instance
+from selfhost_cli.model import Account, Caps, Endpoint, Event, Instance, Rental
+from selfhost_cli.models.planner import Fit, Model, Shape
 from selfhost_cli.providers import Provider
 from selfhost_cli.remote import Remote
 from selfhost_cli.wait import SYSTEM, Clock
@@ -33,6 +34,10 @@ class Keeper(Protocol):
 
     def watched(self) -> set[str]:
         """Make it read the ledger now; the labels it watches over."""
+        ...
+
+    def prewarm(self, rental: Rental) -> None:
+        """Have its box read ahead what a session in this directory begins with, by itself and if it can."""
         ...
 
     def tunnel(self, label: str) -> tuple[str, str]:
@@ -69,6 +74,8 @@ class World(Books):
     find_claude: Callable[[], Path]
     find_model: Callable[[], int | None]
     """Bytes to download, None when nobody can say now. Raises UsageError when there is no such model."""
+    find_shape: Callable[[], Model | None] = lambda: None
+    """What its memory can be counted with, None when that is not known. Raises UsageError like `find_model`."""
     pick: Pick | None = None
     """The one offer to rent, and no other in its place."""
 
@@ -81,7 +88,7 @@ class Plan:
     caps: Caps
     model: str
     engine: str
-    context: int
+    shape: Shape
     disk_gb: float
     hours: float
     account: Account
@@ -92,6 +99,12 @@ class Plan:
     """$/h: no machine that is tried in the place of the best one may cost more. It is part of what was confirmed."""
     pick: Pick | None = None
     """It was picked: `choice` has this one alone."""
+    fit: Fit | None = None
+    """How the model's memory adds up on the best one's card; None when it is not known."""
+
+    @property
+    def context(self) -> int:
+        return self.shape.context
 
     @property
     def best(self) -> offers.Ranked:

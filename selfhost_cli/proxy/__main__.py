@@ -43,17 +43,21 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="selfhost_cli.proxy", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="where the port files are")
     parser.add_argument("--port", type=int, default=8000, help="preferred port; the next free one is taken")
-    parser.add_argument("--slots", type=int, default=1, help="answers that the engine generates at once")
+    parser.add_argument("--slots", type=int, help="answers that the engine generates at once; default: SELFHOST_SLOTS")
     return parser.parse_args()
 
 
-def _settings(env: Mapping[str, str], slots: int) -> tuple[Settings, str]:
+def _settings(env: Mapping[str, str], slots: int | None) -> tuple[Settings, str]:
     """The settings and the engine's name. Raises ValueError, which names the variable."""
     needed = ("SELFHOST_TOKEN", "SELFHOST_MODEL", "SELFHOST_ENGINE")
     if missing := [name for name in needed if not env.get(name)]:
         raise ValueError(f"not set: {', '.join(missing)}")
     if env["SELFHOST_ENGINE"] not in ENGINES:
         raise ValueError(f"SELFHOST_ENGINE is {env['SELFHOST_ENGINE']!r}, known: {', '.join(ENGINES)}")
+    told = env.get("SELFHOST_SLOTS") or "1"
+    if not told.isdecimal():
+        raise ValueError(f"SELFHOST_SLOTS is {told!r}, expected a number")
+    slots = int(told) if slots is None else slots
     version = env.get("SELFHOST_VERSION") or __version__
     digest = env.get("SELFHOST_MODEL_SHA256", "")
     settings = Settings(env["SELFHOST_TOKEN"], env["SELFHOST_MODEL"], version, digest, slots=max(1, slots))

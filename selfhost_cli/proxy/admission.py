@@ -27,6 +27,18 @@ class Admission:
         self._auxiliary: Line = deque()
 
     @property
+    def slots(self) -> int:
+        return self._slots
+
+    def resize(self, slots: int) -> None:
+        """From now on. Who has a slot already keeps it."""
+        more = slots - self._slots
+        self._slots, self._free, self._room = slots, self._free + more, self._room + more
+        while self._free > 0 and self.waiting:
+            self._free -= 1
+            self._pass_on()
+
+    @property
     def running(self) -> int:
         """How many hold a slot."""
         return self._slots - self._free
@@ -57,7 +69,7 @@ class Admission:
             self._pass_on()
 
     async def _take(self, line: Line) -> None:
-        if self._free:  # then nobody waits: a slot that is given back goes straight to the next in line
+        if self._free > 0:  # then nobody waits: a slot that is given back goes straight to the next in line
             self._free -= 1
             return
         called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -72,6 +84,9 @@ class Admission:
             raise
 
     def _pass_on(self) -> None:
+        if self._free < 0:  # there are fewer than there were
+            self._free += 1
+            return
         for line in (self._main, self._auxiliary):
             while line:
                 called = line.popleft()

@@ -14,6 +14,9 @@ BlockKind = Literal["text", "thinking", "tool_use"]
 DOUBT = "selfhost_doubt"
 """In the usage of an answer that nobody should keep: why, in a word. Clients overlook what they do not know there."""
 
+PROMPT_MS = "selfhost_prompt_ms"
+"""There as well: how long the engine read the prompt, until it said the first thing."""
+
 
 class Narrator:
     """Tells one answer. `message_start` comes with the first thing that is really said, not before.
@@ -26,6 +29,7 @@ class Narrator:
         self.output_tokens = 0
         self.started = False
         self.finished = False
+        self.prompt_ms = 0
         self.doubt = ""
         """Why this answer is not worth keeping."""
         self._model = model
@@ -105,7 +109,8 @@ class Narrator:
         yield from self._close()
         delta = {"stop_reason": done.reason, "stop_sequence": done.stop_sequence}
         doubt = "cut" if done.cut else self.doubt
-        yield {"type": "message_delta", "delta": delta, "usage": self.usage() | ({DOUBT: doubt} if doubt else {})}
+        ours = {name: value for name, value in ((DOUBT, doubt), (PROMPT_MS, self.prompt_ms)) if value}
+        yield {"type": "message_delta", "delta": delta, "usage": self.usage() | ours}
         self.finished = True
         yield {"type": "message_stop"}
 

@@ -13,8 +13,11 @@ INVALID = "invalid_request_error"
 class ProxyError(Exception):
     """An answer that is an error. `kind` is Anthropic's error type; `retry_after` in seconds.
 
-    Claude Code gives up at once on a retry-after above 60, so it never is.
+    Claude Code gives up at once on a retry-after above 60, so it never is. `origin`: the status of the engine whose
+    error it was, 0 where it was none.
     """
+
+    origin = 0
 
     def __init__(
         self, status: int, kind: str, message: str, *, retry_after: int | None = None, final: bool = False

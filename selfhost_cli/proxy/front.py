@@ -17,6 +17,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from selfhost_cli.proxy import sse
+from selfhost_cli.proxy.answer import PROMPT_MS
 from selfhost_cli.proxy.cache.cache import Cache
 from selfhost_cli.proxy.cache.key import Served
 from selfhost_cli.proxy.codec import decode, tokens
@@ -32,10 +33,24 @@ from selfhost_cli.proxy.errors import (
     reason_of,
 )
 from selfhost_cli.proxy.recipient import Asker, Recipient
-from selfhost_cli.proxy.web import PING_EVERY, PUBLIC, application, is_probe, read_body, request_class, trace, upload
+from selfhost_cli.proxy.web import (
+    MAIN,
+    PING_EVERY,
+    PUBLIC,
+    application,
+    is_probe,
+    read_body,
+    request_class,
+    trace,
+    upload,
+)
 
 PROVE = "/selfhost/prove"
+BACKEND = "x-selfhost-backend"
+"""In every answer: who gave it."""
 RETRY_AFTER = 5
+ELSEWHERE = frozenset({402, 403, 429, 500, 502, 503, 504, 529})
+"""Refusals that say nothing about the request: another backend may take it."""
 BACK_S, SETTLED_S, LOOK_S = 15.0, 2.0, 0.1
 """How long a request that had come to nothing waits for a new connection to the box, unless the old one stays."""
 WHO_S = 2.0
@@ -62,11 +77,14 @@ NOT_RELAYED = frozenset(
 
 @dataclass(frozen=True)
 class Upstream:
-    """Where a request goes: `url` without a path, the box's own token, and the label of the rental."""
+    """Where a request goes: `url` without a path, the token there, the label of its costs, and the backend's name."""
 
     url: str
     token: str = field(repr=False)
     rental: str
+    backend: str = "vast"
+    changing: bool = False
+    """It is being brought to another model: which one answers is not known."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +98,22 @@ class Away:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one answer cost. `input_tokens` is the whole prompt, of which `cache_read` were reused."""
+    """What one answer cost. `input_tokens` is the whole prompt, of which `cache_read` were reused; the rest took the
+    engine `prompt_s` seconds, 0 where that is not known."""
 
     rental: str
     cls: str
     input_tokens: int
     output_tokens: int
     cache_read: int
+    prompt_s: float = 0.0
 
 
 Control = Callable[[Json], Awaitable[Json]]
+Failed = Callable[["Upstream", str], bool]
+"""Where a request went and why nothing came of it; whether another backend may serve it instead."""
+Heard = Callable[[str, bytes], None]
+"""A user agent, and the body of a request that Claude Code made for itself, before it is answered."""
 Result = TypeVar("Result")
 
 
@@ -100,13 +124,15 @@ def build_front(
     on_usage: Callable[[Usage], None],
     control: Mapping[str, Control],
     cache: Cache | None = None,
+    on_main: Heard = lambda agent, body: None,
+    on_failed: Failed = lambda target, why: False,
 ) -> web.Application:
     """The application. Host it with `web.runner`, so that a client that is gone cancels what it asked for.
 
     `upstream` is asked at every request. `control` is served as `POST /selfhost/<name>`: a JSON object in and out; to
     refuse, it raises `errors.ProxyError`.
     """
-    return _Front(token, upstream, status, on_usage, control, cache).application()
+    return _Front(token, upstream, status, on_usage, control, cache, on_main, on_failed).application()
 
 
 def proof(token: str, nonce: str, port: int) -> str:
@@ -124,6 +150,8 @@ class _Front:
         on_usage: Callable[[Usage], None],
         control: Mapping[str, Control],
         cache: Cache | None,
+        on_main: Heard,
+        on_failed: Failed,
     ) -> None:
         self._token = token
         self._upstream = upstream
@@ -131,6 +159,8 @@ class _Front:
         self._on_usage = on_usage
         self._control = control
         self._cache = cache
+        self._on_main = on_main
+        self._on_failed = on_failed
         self._known: tuple[Upstream, Served | None, float] | None = None
         self._last: Served | None = None
         self._asking = asyncio.Lock()
@@ -213,6 +243,9 @@ class _Front:
             target = self._upstream()
             if isinstance(target, Away):
                 return self._last
+            if target.changing:
+                self._known = None
+                return None
             if self._known and self._known[0] == target:
                 _, served, asked = self._known
                 if served or clock() - asked < NOT_SAID_S:
@@ -229,6 +262,8 @@ class _Front:
         body = await read_body(http)
         if not http.raw_path.startswith("/"):
             raise not_found(http.raw_path)
+        if _metered(http) and request_class(http) == MAIN:
+            self._on_main(http.headers.get(hdrs.USER_AGENT, ""), body)
         if self._cache and _metered(http) and not is_probe(http):
             return await self._cache.answer(http, body, self._served, partial(self._pass, http, body))
         asker = Asker(http)
@@ -243,11 +278,13 @@ class _Front:
             raise overloaded(f"the box is {target.state}: {target.reason}", target.retry_after)
         metered = _metered(http)
         answer, target = await self._ask(http, body, target, wait=metered)
+        if metered and answer.status in ELSEWHERE and not recipient.begun:
+            answer, target = await self._elsewhere(http, body, answer, target)
         if recipient.begun and answer.status != 200:
             raise await _refusal(answer)  # its status would come too late
         trace().cls = request_class(http) if metered else "other"
         meter = _Meter(streaming=answer.content_type == "text/event-stream") if metered else None
-        relayed = _Relayed(recipient, meter)
+        relayed = _Relayed(recipient, meter, target.backend)
         try:
             broken = await relayed.run(answer)
             if broken:
@@ -264,6 +301,20 @@ class _Front:
             # not release(): what the client no longer reads must stop being generated
             answer.close()
             self._account(meter, target, http)
+
+    async def _elsewhere(
+        self, http: web.Request, body: bytes, answer: aiohttp.ClientResponse, target: Upstream
+    ) -> tuple[aiohttp.ClientResponse, Upstream]:
+        """What the next backend says, where there is one: of this one's refusal nobody has heard yet."""
+        while self._on_failed(target, f"it answers {answer.status}"):
+            other = self._upstream()
+            if isinstance(other, Away) or other.backend == target.backend:
+                break
+            answer.close()
+            answer, target = await self._ask(http, body, other, wait=False)
+            if answer.status not in ELSEWHERE:
+                break
+        return answer, target
 
     async def _ask(
         self, http: web.Request, body: bytes, target: Upstream, *, wait: bool
@@ -321,15 +372,17 @@ class _Front:
         total = tokens(usage.get("input_tokens")) + tokens(usage.get("cache_creation_input_tokens")) + cached
         output = tokens(usage.get("output_tokens"))
         trace().input_tokens, trace().cached_tokens, trace().output_tokens = total, cached, output
-        self._on_usage(Usage(target.rental, request_class(http), total, output, cached))
+        prompt_s = tokens(usage.get(PROMPT_MS)) / 1000
+        self._on_usage(Usage(target.rental, request_class(http), total, output, cached, prompt_s))
 
 
 class _Relayed:
     """One answer on its way from the box to the client, as it comes; a second one where the first came to nothing."""
 
-    def __init__(self, recipient: Recipient, meter: _Meter | None) -> None:
+    def __init__(self, recipient: Recipient, meter: _Meter | None, backend: str) -> None:
         self._recipient = recipient
         self._meter = meter
+        self._backend = backend
 
     async def run(self, answer: aiohttp.ClientResponse) -> str:
         """Why it broke off before anything but pings had come of it, else ""."""
@@ -357,6 +410,7 @@ class _Relayed:
 
     async def _begin(self, answer: aiohttp.ClientResponse) -> None:
         kept = [(key, value) for key, value in answer.headers.items() if key.lower() not in NOT_RELAYED]
+        kept.append((BACKEND, self._backend))
         await self._recipient.begin(answer.status, answer.reason, CIMultiDict(kept), answer.content_length)
 
     async def _pass_on(self, answer: aiohttp.ClientResponse) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -37,6 +38,23 @@ class RunDir:
                 raise EngineDown("the engine is still starting")
             self._engine = written, f"http://{HOST}:{port}"
         return self._engine[1]
+
+    @property
+    def engine_start(self) -> tuple[int, int] | None:
+        """Something else for every start of the engine, None while it is away."""
+        try:
+            self.engine_url()
+        except EngineDown:
+            return None
+        return self._engine[0] if self._engine else None
+
+    def slots(self, otherwise: int) -> int:
+        """Answers at once for which the engine had room, where it came to less than was asked for."""
+        try:
+            told = json.loads((self.path / "engine.fit").read_bytes())["slots"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return otherwise
+        return told if isinstance(told, int) and 0 < told < otherwise else otherwise
 
     def touch_activity(self) -> None:
         """A client is being served now: the watchdog counts idleness from here. Where that cannot be noted it may end

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -22,12 +23,14 @@ from selfhost_cli.proxy.errors import (
     EngineBroke,
     EngineLoading,
     ProxyError,
+    invalid,
     not_found,
     too_long,
 )
 from selfhost_cli.proxy.form import Form, in_words
 from selfhost_cli.proxy.length import Length, Lengths
 from selfhost_cli.proxy.metrics import CONTENT_TYPE, Metrics
+from selfhost_cli.proxy.prewarm import Prewarm
 from selfhost_cli.proxy.rescue import Rescue
 from selfhost_cli.proxy.rundir import RunDir
 from selfhost_cli.proxy.web import (
@@ -54,7 +57,8 @@ log = logging.getLogger("selfhost.proxy")
 class Settings:
     """`touch_every`: seconds between two touches of the activity file while a client is served.
 
-    `digest`: of the model's file, for an engine that does not tell it.
+    `digest`: of the model's file, for an engine that does not tell it. `head_s`: so long may the 200 of a stream wait
+    for the engine's first word, so that what it refuses at once is told by a status.
     """
 
     token: str = field(repr=False)
@@ -65,6 +69,7 @@ class Settings:
     ping_every: float = PING_EVERY
     touch_every: float = 4.0
     ready_every: float = 1.0
+    head_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ class _EngineSide:
         self._clients = 0
         self._usage = {"requests": 0, "input_tokens": 0, "output_tokens": 0, "repaired_calls": 0}
         self._lengths = Lengths()
+        served = f"{engine.name} {settings.model} {settings.digest}"
+        self._prewarm = Prewarm(served, engine, self._admission, lambda: run.engine_start, settings.ready_every)
 
     def application(self) -> web.Application:
         app = application(self._settings.token, observe=self._metrics.observe)
@@ -102,6 +109,7 @@ class _EngineSide:
         app.router.add_get("/v1/models/{id:.+}", self._model)
         app.router.add_post("/v1/messages", self._messages)
         app.router.add_post("/v1/messages/count_tokens", self._count)
+        app.router.add_post("/selfhost/prefix", self._wish)
         app.cleanup_ctx.append(self._background)
         return app
 
@@ -126,7 +134,8 @@ class _EngineSide:
         try:
             async with asyncio.timeout(ENGINE_ANSWER_S):
                 health = await self._engine.health()
-            engine: Json = {"status": "healthy", "context": health.context, "slots": health.slots, **health.facts}
+            slots = health.slots or self._admission.slots
+            engine: Json = {"status": "healthy", "context": health.context, "slots": slots, **health.facts}
         except ProxyError as error:
             health = Health(context=0)
             engine = {"status": "down", "reason": error.message}
@@ -141,8 +150,10 @@ class _EngineSide:
             "model": self._settings.model,
             "digest": health.facts.get("digest") or self._settings.digest,
             "context": health.context or None,
+            "slots": self._admission.slots,
             "components": {"proxy": {"status": "healthy"}, self._engine.name: engine},
             "usage": self._usage,
+            "prefix": self._prewarm.told(),
             "watchdog": self._run.watched(),
         }
         return web.json_response(body, status=200 if up else 503)
@@ -159,6 +170,14 @@ class _EngineSide:
             return web.json_response({"input_tokens": tokens})
         # Claude Code shows it in /context; a 404 would leave that empty.
         return web.json_response({"input_tokens": asked.length.estimate, "estimated": True})
+
+    async def _wish(self, http: web.Request) -> web.Response:
+        """`?name=`: whose beginning it is. Read as soon as nobody asks; `/health` tells what became of it."""
+        name = http.query.get("name", "default")
+        if not re.fullmatch(r"[a-z-]{1,32}", name):
+            raise invalid("name: 1 to 32 small letters")
+        self._prewarm.wish(name, contract.parse(await read_body(http)))
+        return web.json_response(self._prewarm.told(), status=202)
 
     async def _messages(self, http: web.Request) -> web.StreamResponse:
         trace().cls = request_class(http)
@@ -215,11 +234,14 @@ class _EngineSide:
 
     async def _stream(self, http: web.Request, asked: _Asked) -> web.StreamResponse:
         narrator = Narrator(self._settings.model)
+        async with aclosing(self._answer(asked, narrator)) as answer, _begun(answer, self._settings.head_s) as events:
+            return await self._streamed(http, narrator, events)
+
+    async def _streamed(self, http: web.Request, narrator: Narrator, events: AsyncIterator[Json]) -> web.StreamResponse:
         async with EventStream(http, self._settings.ping_every) as stream:
             try:
-                async with aclosing(self._answer(asked, narrator)) as answer:
-                    async for event in answer:
-                        await stream.send(event)
+                async for event in events:
+                    await stream.send(event)
             except ProxyError as error:
                 trace().outcome = error.kind
                 await stream.send(_event_of(error, narrator))
@@ -252,6 +274,7 @@ class _EngineSide:
                         traced.mark("done")
                         # not only when it is told: what does not have its form is not, and was generated all the same
                         narrator.output_tokens = event.output_tokens
+                        narrator.prompt_ms = round(1000 * (traced.seconds("turn", "heard") or 0))
                     kept = rescue.feed(event)
                     if asked.form:
                         kept = chain.from_iterable(map(asked.form.feed, kept))
@@ -265,6 +288,7 @@ class _EngineSide:
             if not narrator.finished:
                 raise EngineBroke("the engine stopped in the middle of the answer")
             asked.length.learn(narrator.prompt.total)
+            self._prewarm.answered(request, narrator.prompt)
         finally:
             self._usage["repaired_calls"] += rescue.repaired
             traced.repaired = rescue.repaired
@@ -282,6 +306,7 @@ class _EngineSide:
             try:
                 if not asked.length.limit:
                     await self._check_length(asked)
+                self._prewarm.give_way()
                 async with self._admission.turn(auxiliary=traced.cls == AUXILIARY):
                     traced.mark("turn")
                     async with aclosing(self._engine.messages(asked.request)) as events:
@@ -301,7 +326,8 @@ class _EngineSide:
         self._usage["output_tokens"] += narrator.output_tokens
 
     async def _background(self, app: web.Application) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(self._touch()), asyncio.create_task(self._await_ready())]
+        jobs = (self._touch(), self._await_ready(), self._keep_slots(), self._prewarm.run())
+        tasks = [asyncio.create_task(job) for job in jobs]
         yield
         for task in tasks:
             task.cancel()
@@ -313,6 +339,14 @@ class _EngineSide:
             await asyncio.sleep(self._settings.touch_every)
             if self._clients:
                 self._run.touch_activity()
+
+    async def _keep_slots(self) -> None:
+        """As many at once as the engine had room for."""
+        while True:
+            if (slots := self._run.slots(self._settings.slots)) != self._admission.slots:
+                log.info("the engine has %d slots, of %d", slots, self._settings.slots)
+                self._admission.resize(slots)
+            await asyncio.sleep(self._settings.ready_every)
 
     async def _await_ready(self) -> None:
         while True:
@@ -329,9 +363,32 @@ class _EngineSide:
             await asyncio.sleep(self._settings.ready_every)
 
 
+@asynccontextmanager
+async def _begun(answer: AsyncIterator[Json], seconds: float) -> AsyncIterator[AsyncIterator[Json]]:
+    """The answer, once its first event is there or `seconds` are over. Raises what came instead of it by then."""
+    if not seconds:
+        yield answer
+        return
+    first = asyncio.ensure_future(anext(answer))
+
+    async def events() -> AsyncIterator[Json]:
+        yield await first
+        async for event in answer:
+            yield event
+
+    try:
+        await asyncio.wait([first], timeout=seconds)
+        if first.done():
+            first.result()
+        yield events()
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+
+
 def _event_of(error: ProxyError, narrator: Narrator) -> Json:
     """An error after the 200. Before `message_start`, Claude Code repeats a stream that was overloaded as it was."""
-    early = isinstance(error, EngineBroke) and not narrator.started
+    early = (isinstance(error, EngineBroke) or error.status == 429) and not narrator.started
     body = error.body(trace().id)
     if early:
         body["error"]["type"] = OVERLOADED

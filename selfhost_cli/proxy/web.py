@@ -43,9 +43,10 @@ UNREAD_S = 300.0
 MOST_PENDING = 2**14
 """Bytes of events that are written in the next moment; more than that only a slow reader leaves."""
 PUBLIC = frozenset({"/", "/api/hello"})
+MAIN = "main"
 AUXILIARY = "auxiliary"
 ASK = "ask"
-CLASSES = frozenset({"main", "subagent", "workflow", "compaction", AUXILIARY, "side_reply", ASK})
+CLASSES = frozenset({MAIN, "subagent", "workflow", "compaction", AUXILIARY, "side_reply", ASK})
 """What Claude Code knows, and `selfhost ask`."""
 
 Moment = Literal["began", "queued", "turn", "heard", "first", "done"]
@@ -113,7 +114,7 @@ def request_class(http: web.Request) -> str:
     """What Claude Code says that the request is for: main, subagent, compaction, auxiliary, …"""
     if is_probe(http):
         return "probe"
-    name = http.headers.get("x-claude-code-request-class", "main")
+    name = http.headers.get("x-claude-code-request-class", MAIN)
     return name if name in CLASSES else "other"
 
 

@@ -8,7 +8,8 @@ POST /control/kill                  {"instance": id, "status"?: "offline"}: its 
 POST /control/clock                 {"advance"?: s, "stopped"?: bool}: the market's time, not that inside the boxes
 POST /control/settings              {"stages"?: {stage: s}, "sshd_first"?, "gap_s"?, "sshd_delay_s"?, "credit"?,
                                     "ollama"?, "real_boxes"?}
-POST /control/mirror                {"rate"?, "stall_after"?, "cut_after"?, "cuts"?, "corrupt"?}: absent is off
+POST /control/mirror                {"rate"?, "stall_after"?, "cut_after"?, "cuts"?, "slow_after"?, "slow_rate"?,
+                                    "slows"?, "corrupt"?}: absent is off
 POST /control/shutdown
 """
 

@@ -238,6 +238,7 @@ def _llamacpp_settings(market: Market, made: Assets) -> dict[str, str]:
         "model_url": f"{market.mirror}/models/{made.model.name}",
         "model_sha256": assets.default_sources().model.sha256,
         "engine_requirements": assets.BOX_REQUIREMENTS["engine"],
+        "kv_cache_type": "f16",  # memory is no matter here, and its small model loses most by less
     }
 
 

@@ -1,7 +1,7 @@
 """The cache directory over HTTP, for the boxes: models, wheels, Ollama's archive, and the blobs that registry.py names.
 
 With Range, ETag and switches; a query is ignored. The bytes sent are counted per box: the market bills them, and the
-box sees them in its `net_dev`.
+box sees them in its `net_dev`. All that one box downloads shares one link, as it does on a real machine.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -30,15 +31,46 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 @dataclass
 class Switches:
-    """How transfers go wrong. None: not at all. `rate` in bytes/s, stall and cut after so many bytes of an answer."""
+    """How transfers go wrong. None: not at all. Stall, cut and slow after so many bytes of an answer."""
 
     rate: float | None = None
+    """Bytes/s of a box's link, whatever the number of its transfers."""
+    slow_after: int | None = None
+    slow_rate: float = 100_000.0
+    """Bytes/s of an answer that has become slow; the next one is as fast as any."""
+    slows: int | None = None
+    """How many answers become slow; None: every one."""
     stall_after: int | None = None
     cut_after: int | None = None
     cuts: int | None = None
     """How many answers are cut; None: every one."""
     corrupt: bool = False
     """The right number of bytes, and some of them are wrong."""
+
+
+class Link:
+    """What a box has to the rest of the world: its transfers take turns."""
+
+    BURST_S = 0.1
+    """So much of what a timer overslept is made up for."""
+
+    def __init__(self) -> None:
+        self._free_at = float("-inf")
+
+    async def carry(self, count: int, rate: float) -> None:
+        """Returns when so many bytes are over, behind those that were here before."""
+        now = asyncio.get_running_loop().time()
+        self._free_at = max(self._free_at, now - self.BURST_S) + count / rate
+        await asyncio.sleep(self._free_at - now)
+
+
+@dataclass
+class Answer:
+    """One body on its way: over which link, how far, and whether it has become slow."""
+
+    link: Link
+    sent: int = 0
+    slow: bool = False
 
 
 class Mirror:
@@ -48,6 +80,8 @@ class Mirror:
         self._cache = cache
         self._instances = instances
         self.switches = Switches()
+        self._links: dict[int | None, Link] = {}
+        """Of each instance; None: of whoever is no box."""
         self.served: list[tuple[str, int]] = []
         """(path, bytes sent) of every answer."""
 
@@ -84,7 +118,8 @@ class Mirror:
         if request.method == "HEAD":
             return response
         box = await asyncio.to_thread(self._who, request)
-        await self._send(request, response, path, first, last - first + 1, self._counter(box))
+        link = self._links.setdefault(box.id if box else None, Link())
+        await self._send(request, response, path, first, last - first + 1, Answer(link), self._counter(box))
         return response
 
     def _folder(self, request: web.Request) -> Path:
@@ -100,30 +135,31 @@ class Mirror:
         path: Path,
         first: int,
         length: int,
+        answer: Answer,
         count: Callable[[int, bool], None],
     ) -> None:
-        sent = 0
         try:
             with path.open("rb") as file:
                 file.seek(first)
-                while sent < length:
-                    room = min(length - sent, await self._room(request, sent))
+                while answer.sent < length:
+                    room = await self._room(request, answer, length - answer.sent)
                     chunk = file.read(room)
                     if not chunk:
                         break
                     await response.write(_spoilt(chunk) if self.switches.corrupt else chunk)
-                    sent += len(chunk)
+                    answer.sent += len(chunk)
                     count(len(chunk), False)
             await response.write_eof()
         except ConnectionError:
             pass  # the box hung up, was destroyed, or the cut switch did it
         finally:
             count(0, True)
-            self.served.append((request.path, sent))
+            self.served.append((request.path, answer.sent))
 
-    async def _room(self, request: web.Request, sent: int) -> int:
+    async def _room(self, request: web.Request, answer: Answer, left: int) -> int:
         """How many bytes may be sent now; waits as the switches, which can change meanwhile, say."""
         while True:
+            sent = answer.sent
             if request.transport is None or request.transport.is_closing():
                 raise ConnectionResetError("the client is gone")
             switches = self.switches
@@ -138,12 +174,18 @@ class Mirror:
                 await asyncio.sleep(0.05)
                 continue
             break
-        room = 1 << 20
-        if switches.rate is not None:
+        limits = (switches.stall_after, switches.cut_after, None if answer.slow else switches.slow_after)
+        room = min([1 << 20, left, *(limit - sent for limit in limits if limit is not None and limit > sent)])
+        if switches.slow_after is not None and sent >= switches.slow_after and not answer.slow and switches.slows != 0:
+            answer.slow = True
+            switches.slows = None if switches.slows is None else switches.slows - 1
+        if answer.slow and switches.slow_after is not None:
+            room = max(1, min(room, int(switches.slow_rate / 20)))
+            await asyncio.sleep(room / switches.slow_rate)
+        elif switches.rate is not None:
             room = max(1, min(room, int(switches.rate / 20)))
-            await asyncio.sleep(room / switches.rate)
-        limits = (switches.stall_after, switches.cut_after)
-        return min([room, *(limit - sent for limit in limits if limit is not None)])
+            await answer.link.carry(room, switches.rate)
+        return room
 
     def _counter(self, instance: Instance | None) -> Callable[[int, bool], None]:
         if instance is None:
@@ -191,9 +233,15 @@ def _inode(port: int) -> str | None:
 def _holds(pid: int, inode: str | None) -> bool:
     folder = f"/proc/{pid}/fd"
     try:
-        return any(os.readlink(f"{folder}/{name}") == f"socket:[{inode}]" for name in os.listdir(folder))
+        names = os.listdir(folder)
     except OSError:
         return False
+    for name in names:
+        # One that was closed meanwhile says nothing about the others: a download opens and closes many.
+        with suppress(OSError):
+            if os.readlink(f"{folder}/{name}") == f"socket:[{inode}]":
+                return True
+    return False
 
 
 def _range(text: str, size: int) -> tuple[int, int] | None:

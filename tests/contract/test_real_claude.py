@@ -5,7 +5,9 @@ It runs with an environment and a home of its own.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +18,11 @@ from typing import Any
 
 import pytest
 
-from selfhost_cli import claude
+from selfhost_cli import claude, config
+from selfhost_cli.keeper.prewarming import Prewarming
+from selfhost_cli.prefix import Prefix, Store, recording
 from selfhost_cli.sandbox.assets import Assets
+from tests.proxy.kit import eventually
 from tests.terminal import Terminal
 
 TOKEN = "front-token-of-this-test"
@@ -315,3 +320,69 @@ def test_the_persons_own_hooks_and_status_line_go_on(
 
 def test_it_is_the_version_that_these_facts_are_about(binary: Path, home: Path) -> None:
     assert claude.seen_version(binary, home) == claude.Seen(claude.SEEN)
+
+
+@pytest.mark.parametrize(("mode", "only_there"), [("cli", "AskUserQuestion"), ("sdk-cli", "")])
+def test_what_it_begins_with_is_recorded_without_the_users_doings(
+    binary: Path, tmp_path: Path, mode: str, only_there: str
+) -> None:
+    home, marker = tmp_path / "home", tmp_path / "ran"
+    (home / ".claude").mkdir(parents=True)
+    hook = [{"hooks": [{"type": "command", "command": f"touch {marker}"}]}]
+    settings = {
+        "permissions": {"deny": ["WebSearch"]},
+        "hooks": {"SessionStart": hook},
+        "apiKeyHelper": f"touch {marker}",
+    }
+    (home / ".claude/settings.json").write_text(json.dumps(settings))
+    (home / ".claude.json").write_text(
+        json.dumps({"mcpServers": {"mine": {"command": "touch", "args": [str(marker)]}}})
+    )
+    before = sorted(str(path) for path in home.rglob("*"))
+    env = {"PATH": os.defpath, "HOME": str(home)}
+    prefix = recording.record(binary, mode, model="qwen3-coder:30b", context=65_536, env=env)
+    assert prefix
+    assert (prefix.mode, prefix.version) == (mode, claude.SEEN)
+    names = {tool["name"] for tool in prefix.body["tools"]}
+    assert "Bash" in names
+    assert "WebSearch" not in names, "what the user denied is not in their tools"
+    assert not only_there or only_there in names
+    assert recording.PROMPT not in [block["text"] for block in prefix.body["messages"][0]["content"]]
+    assert not marker.exists()
+    assert sorted(str(path) for path in home.rglob("*")) == before
+
+
+def test_a_program_that_says_nothing_is_given_up(tmp_path: Path) -> None:
+    mute = tmp_path / "claude"
+    mute.write_text("#!/bin/sh\nexit 0\n")
+    mute.chmod(0o755)
+    assert (
+        recording.record(mute, "cli", model="m", context=65_536, env={"PATH": os.defpath, "HOME": str(tmp_path)})
+        is None
+    )
+
+
+def test_the_keeper_records_both_ways_to_run_it_and_again_when_it_has_another_version(
+    binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = config.load("test", env={"SELFHOST_HOME": str(tmp_path), "SELFHOST_CLAUDE": str(binary)})
+    settings.paths.make()
+    store = Store(settings.paths.prefixes)
+    store.keep(Prefix("cli", "2.0.0", {"system": "old", "tools": [], "messages": []}))
+    asked: list[str] = []
+
+    async def keep() -> None:
+        prewarming = Prewarming(settings)
+        prewarming.ahead_of(str(tmp_path), "qwen3-coder:30b", 65_536)
+        await eventually(lambda: {one.version for one in store.all().values()} == {claude.SEEN}, 40)
+        await eventually(lambda: len(store.all()) == 2, 40)
+        asked.extend(store.all())
+        before = settings.paths.prefixes.stat().st_mtime_ns
+        prewarming.ahead_of(str(tmp_path), "qwen3-coder:30b", 65_536)  # all is known now
+        await asyncio.sleep(0)
+        assert settings.paths.prefixes.stat().st_mtime_ns == before
+        prewarming.stop()
+
+    asyncio.run(keep())
+    assert asked == ["cli", "sdk-cli"]

@@ -67,11 +67,11 @@ class Logged:
 
 def logged(text: str) -> list[Logged]:
     found = [Logged(m["path"], m["cls"], *_numbers(m)) for m in LINE.finditer(text)]
-    return [request for request in found if request.cls != "probe"]
+    return [request for request in found if request.cls != "probe" and not request.path.startswith("/selfhost/")]
 
 
 class Log:
-    """What the proxy on the box logged since then."""
+    """What Claude Code asked of the proxy on the box since then."""
 
     def __init__(self, stage: Stage) -> None:
         self._file = stage.box() / "root" / ".selfhost" / "log" / "proxy.log"

@@ -14,7 +14,7 @@ from pathlib import Path
 from selfhost_cli import install
 from selfhost_cli.attach import Front
 from selfhost_cli.ledger import Ledger
-from selfhost_cli.model import Endpoint
+from selfhost_cli.model import Endpoint, Rental
 from selfhost_cli.remote import ConnectionLost, NotYet, OtherKey, Remote, Result
 
 
@@ -42,6 +42,8 @@ class FakeBox:
     """So often sshd does not hear that it has another host key."""
     makes_keys: bool = True
     uploads: list[bytes] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+    """What the engine's launcher has come to, look after look; the last one stays."""
     limits: dict[Endpoint, str] = field(default_factory=dict)
     """What limits.sh was told last."""
     limits_code: int = 0
@@ -104,6 +106,8 @@ class _Connection:
             return Result(0, self._box.armed + "\n", "")
         if command == install.ARCHIVE:
             return Result(0, f"{self._box.archive}\n", "")
+        if command == install.SHAPE and self._box.shapes:
+            return Result(0, self._box.shapes.pop(0) if len(self._box.shapes) > 1 else self._box.shapes[0], "")
         if command == install.PROXY_PORT:
             return Result(0, "8000\n", "")
         if command.startswith(install.INSTALL):
@@ -135,6 +139,7 @@ class FakeKeeper:
     front: Front
     blind: bool = False
     starts: int = 0
+    prewarmed: list[str] = field(default_factory=list)
 
     def start(self) -> Front:
         self.starts += 1
@@ -142,6 +147,9 @@ class FakeKeeper:
 
     def watched(self) -> set[str]:
         return set() if self.blind else {rental.label for rental in self.ledger.live()}
+
+    def prewarm(self, rental: Rental) -> None:
+        self.prewarmed.append(rental.label)
 
     def tunnel(self, label: str) -> tuple[str, str]:
         return "up", ""

@@ -9,7 +9,7 @@ import hmac
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,14 @@ async def refuse(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def fronted(target: Upstream | Away | Callable[[], Upstream | Away]) -> AsyncIterator[Front]:
+async def fronted(
+    target: Upstream | Away | Callable[[], Upstream | Away],
+    on_main: Callable[[str, bytes], None] = lambda agent, body: None,
+) -> AsyncIterator[Front]:
     usage: list[Usage] = []
     controls = {"double": double, "refuse": refuse}
-    app = build_front(FRONT, target if callable(target) else lambda: target, lambda: {"pid": 7}, usage.append, controls)
+    upstream = target if callable(target) else lambda: target
+    app = build_front(FRONT, upstream, lambda: {"pid": 7}, usage.append, controls, on_main=on_main)
     async with serving(app) as url, aiohttp.ClientSession() as session:
         yield Front(url, session, usage)
 
@@ -143,6 +147,21 @@ def playing(*steps: bytes | asyncio.Event | str) -> Any:
 
 
 # --- relaying ---
+
+
+@asynchronous
+async def test_what_claude_code_asks_for_itself_is_heard_and_nothing_else() -> None:
+    heard: list[tuple[str, bytes]] = []
+    async with fronted(Away("gone", "no box"), lambda agent, body: heard.append((agent, body))) as front:
+        for path, headers in (
+            ("/v1/messages", {"x-claude-code-request-class": "main"}),
+            ("/v1/messages", {"x-claude-code-request-class": "subagent"}),
+            ("/v1/messages", {"x-selfhost-probe": "1"}),
+            ("/v1/messages/count_tokens", {}),
+        ):
+            async with front.ask(path, body={}, **{"user-agent": "claude-cli/2"} | headers) as response:
+                assert response.status == 529
+    assert heard == [("claude-cli/2", b"{}")]
 
 
 @asynchronous
@@ -268,7 +287,8 @@ async def test_both_roles_together_answer_as_one(tmp_path: Path) -> None:
         assert delta["usage"]["output_tokens"] == 2
         async with front.ask("/health", "GET") as response:
             health = await response.json()
-    assert front.usage == [Usage("r", "main", 10, 2, 6)] * 3
+    assert [replace(one, prompt_s=0.0) for one in front.usage] == [Usage("r", "main", 10, 2, 6)] * 3
+    assert all(0 <= one.prompt_s < 5 for one in front.usage)
     assert (health["status"], health["keeper"], health["box"]["context"]) == ("healthy", {"pid": 7}, 4096)
 
 

@@ -24,6 +24,8 @@ from selfhost_cli.proxy.server import Settings, build_server
 from selfhost_cli.sandbox import registry
 from selfhost_cli.sandbox.assets import Assets
 from tests.proxy.kit import HI, TOKEN, Json, Proxy, assert_error, asynchronous, check_grammar, serving, texts, types
+from tests.proxy.test_prewarm import is_, wish
+from tests.proxy.test_prewarm import until as told_until
 from tests.proxy.test_real_engine import TASK, tool
 from tests.waiting import until
 
@@ -339,3 +341,16 @@ async def test_the_server_may_die_and_come_back_on_another_port(ollama: Ollama, 
         assert "not loaded yet" in assert_error(status, error, 529, "overloaded_error")
         await call(proxy.session, ollama, WARM | {"model": TINY})
         check_grammar(await proxy.stream(HI | {"stream": True}))
+
+
+@asynchronous
+async def test_what_is_read_ahead_is_reused_and_outlives_another_conversation(ollama: Ollama, tmp_path: Path) -> None:
+    head: Json = {"system": "You are a coding assistant. " + "Use the tools. " * 60, "tools": TASK["tools"]}
+    async with before(ollama, tmp_path) as proxy:
+        await wish(proxy, head | {"messages": [{"role": "user", "content": "."}]})
+        prefix = await told_until(proxy, is_("warm"), 120)
+        for other in (HI, HI | {"messages": [{"role": "user", "content": "Something else, of other words."}]}):
+            await proxy.answer(other)
+        _, answer, _ = await proxy.answer(head | {"messages": [{"role": "user", "content": "Say hello."}]})
+    assert "usage" in answer, answer
+    assert answer["usage"]["cache_read_input_tokens"] >= prefix["tokens"] - 20

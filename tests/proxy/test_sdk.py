@@ -20,6 +20,7 @@ from anthropic import (
 )
 from anthropic.types import Message
 
+from selfhost_cli.proxy.answer import PROMPT_MS
 from selfhost_cli.proxy.web import MAX_BODY
 from tests.proxy.kit import HELLO, TOKEN, LlamaStub, asynchronous, call, ended, proxied, started, text
 from tests.proxy.ollama_stub import OllamaStub, called, done, said
@@ -59,7 +60,9 @@ async def client(stub: LlamaStub | None, run: Path, token: str = TOKEN) -> Async
 def without_ids(message: Message) -> Any:
     """Those of the message and its calls are made anew for every answer, and everything else is compared."""
     content = [block.model_dump(mode="json", exclude={"id"}) for block in message.content]
-    return message.model_dump(mode="json", include={"type", "role", "model", "stop_reason", "usage"}), content
+    told = message.model_dump(mode="json", include={"type", "role", "model", "stop_reason", "usage"})
+    told["usage"].pop(PROMPT_MS, None)
+    return told, content
 
 
 @engines

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ class Person:
 
     home: Path
     market: MarketProcess
+    settings: dict[str, str] = field(default_factory=dict)
 
     def ask(self, *words: str, width: int = 0) -> tuple[int, str, str]:
         """Exit code, stdout, stderr."""
         settings = {"PACE": "0", "MARKET_URL": self.market.url, "API_KEY": self.market.facts["api_key"]}
         settings |= {"HOME": str(self.home), "ENGINE": "llamacpp", "MODEL_BYTES": "19000000000", "HOURS": "2"}
+        settings |= self.settings
         env = {"PATH": os.environ["PATH"], "HOME": str(self.home), "COLUMNS": str(width or 80)}
         env |= {f"SELFHOST_{name}": value for name, value in settings.items()}
         command = [sys.executable, "-m", "selfhost_cli", *words]

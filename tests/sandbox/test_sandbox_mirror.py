@@ -131,6 +131,25 @@ def test_a_rate_can_be_set(clean: MarketProcess, http: httpx.Client, url: str) -
     assert time.monotonic() - started > 0.4
 
 
+def test_all_that_one_box_downloads_shares_one_link(clean: MarketProcess, url: str, tmp_path: Path) -> None:
+    clean.set("/mirror", rate=2_000_000)
+    started = time.monotonic()
+    command = ["curl", "-sS", "-o"]
+    both = [subprocess.Popen([*command, str(tmp_path / name), url]) for name in "ab"]
+    assert [one.wait(20) for one in both] == [0, 0]
+    assert time.monotonic() - started > 2 * len(BODY) / 2_000_000 - 0.2
+
+
+def test_a_transfer_can_become_slow_while_the_next_one_is_fast(clean: MarketProcess, url: str, tmp_path: Path) -> None:
+    clean.set("/mirror", slow_after=300_000, slow_rate=1000, slows=1)
+    target = tmp_path / "model.part"
+    command = ["curl", "-sS", "-C", "-", "-o", str(target), url]
+    assert subprocess.run([*command, "-y", "1", "-Y", "100000"], capture_output=True).returncode == 28
+    assert 290_000 < target.stat().st_size < 320_000
+    assert subprocess.run([*command, "-m", "10"], capture_output=True).returncode == 0
+    assert target.read_bytes() == BODY
+
+
 def test_pip_finds_wheels(clean: MarketProcess, tmp_path: Path) -> None:
     with zipfile.ZipFile(clean.cache / "wheels/tiny_thing-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tiny_thing.py", "")

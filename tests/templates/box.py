@@ -31,7 +31,8 @@ T = TypeVar("T")
 
 TOOLS = (
     "sh bash env id mkdir rm mv cp cat cut date sleep stat sort tail grep sed tr awk mawk gawk df od touch chmod chown"
-    " head uname ln find dirname basename base64 gzip setsid nohup flock curl sha256sum true kill ps ls readlink"
+    " head uname ln find dirname basename base64 gzip tee mkfifo setsid nohup flock curl sha256sum true kill ps ls"
+    " readlink"
 )
 
 
@@ -224,13 +225,18 @@ class Market(Server):
 
 
 class Files(Server):
-    """Serves bytes with Range. `cut_at` breaks the first answer so long there, `stall_at` lets it hang there."""
+    """Serves bytes with Range. `cut_at` breaks the first answer so long there, `stall_at` lets it hang there.
+
+    `slow_at`: from there on it comes with `drop` bytes every 20 ms; so do the next ones, `slows` in all.
+    """
 
     def __init__(self, content: dict[str, bytes]) -> None:
         self.ranges: list[str | None] = []
         self.asked: list[str] = []
         self.cut_at: int | None = None
         self.stall_at: int | None = None
+        self.slow_at: int | None = None
+        self.drop, self.slows = 500, 1
         self.resume = threading.Event()
         files = self
 
@@ -255,15 +261,22 @@ class Files(Server):
                     self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
                 self.send_header("Content-Length", str(len(data) - begin))
                 self.end_headers()
-                end = files.cut_at or files.stall_at or len(data)
-                stalls = False
+                end = max(begin, files.cut_at or files.stall_at or files.slow_at or len(data))
+                stalls = slow = False
                 if end < len(data):
-                    stalls, files.cut_at, files.stall_at = files.stall_at is not None, None, None
+                    stalls, slow = files.stall_at is not None, files.slow_at is not None
+                    files.cut_at = files.stall_at = None
+                    files.slows -= slow
+                    files.slow_at = files.slow_at if files.slows else None
                 try:
                     self.wfile.write(data[begin:end])
                     if stalls:
                         files.resume.wait(30)
                         self.wfile.write(data[end:])
+                    while slow and end < len(data):
+                        self.wfile.write(data[end : end + files.drop])
+                        end += files.drop
+                        files.resume.wait(0.02)
                 except OSError:
                     pass  # the client gave up on us, as it should
                 self.close_connection = True
@@ -318,7 +331,7 @@ STUB_ENGINE = (
     _SERVE
     + """
 args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-assert set(args) == {"--model", "--alias", "--context", "--port-file"}, args
+assert set(args) == {"--model", "--alias", "--context", "--slots", "--kv-cache-type", "--port-file"}, args
 assert "SELFHOST_TOKEN" not in os.environ and "CONTAINER_API_KEY" not in os.environ
 assert pathlib.Path(args["--model"]).read_bytes()
 

@@ -22,8 +22,18 @@ from typing import Any
 VERSION = "0.34.0"
 MOST = 32768
 DEFAULT = "registry.ollama.ai"
+SIZE = 1000
 runner: dict[str, subprocess.Popen[bytes]] = {}
 loads = threading.Lock()
+
+
+def in_the_card(context: int) -> int:
+    """Of SIZE. A file says for how many tokens there is room; without one there is no card."""
+    try:
+        room = int((Path(os.environ["HOME"]) / "room").read_text())
+    except OSError:
+        return 0
+    return SIZE if context * int(os.environ["OLLAMA_NUM_PARALLEL"]) <= room else SIZE * 9 // 10
 
 
 def models() -> Path:
@@ -106,7 +116,8 @@ class Handler(BaseHTTPRequestHandler):
         for child in runner.values():
             child.poll()
         context = int(os.environ["OLLAMA_CONTEXT_LENGTH"])
-        return self.answer({"models": [{"name": name, "context_length": min(context, MOST)} for name in runner]})
+        facts = {"context_length": min(context, MOST), "size": SIZE, "size_vram": in_the_card(context)}
+        return self.answer({"models": [{"name": name, **facts} for name in runner]})
 
     def do_DELETE(self) -> None:
         manifest(self.body()["model"]).unlink()
@@ -132,6 +143,9 @@ class Handler(BaseHTTPRequestHandler):
         weights = models() / "blobs" / parts["layers"][0]["digest"].replace(":", "-")
         if weights.read_bytes().startswith(b"rotten"):
             return self.answer({"error": "llama runner process has terminated: these weights are rotten"}, 500)
+        strict, context = Path(os.environ["HOME"]) / "strict", int(os.environ["OLLAMA_CONTEXT_LENGTH"])
+        if strict.exists() and in_the_card(context) < SIZE:
+            return self.answer({"error": "llama runner process has terminated: unable to allocate CUDA0 buffer"}, 500)
         with loads:
             if name not in runner or runner[name].poll() is not None:
                 runner[name] = subprocess.Popen(["sleep", "1000"])
@@ -179,6 +193,8 @@ def main() -> None:
     assert sys.argv[1:] == ["serve"]
     home = Path(os.environ["HOME"])
     (home / "environment.json").write_text(json.dumps(dict(os.environ)))
+    with (home / "hosts").open("a") as hosts:
+        hosts.write(f"{os.environ['OLLAMA_HOST']}\n")
 
     def leave(*_: object) -> None:
         for child in runner.values():

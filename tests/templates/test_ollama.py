@@ -6,6 +6,7 @@ The real one is what scripts/test-ollama is for.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ import pytest
 from selfhost_cli import payload
 from selfhost_cli.model import Event
 from tests.templates.box import Box, Files, command_line, eventually, key_pair
-from tests.templates.test_install_sh import install, outcome, snapshot
+from tests.templates.test_install_sh import failed, install, outcome, running, snapshot
 
 pytestmark = pytest.mark.skipif(not shutil.which("zstd"), reason="needs zstd")
 
@@ -146,9 +147,9 @@ def failure(ollama: Ollama, step: str, **env: str) -> str:
     """The text with which an install fails, in that step and nothing after it."""
     code, events, errors = install(ollama.box, **env)
     assert code == 1, events
-    assert (events[-1].stage, events[-1].status) == (step, "fail")
-    assert f"install.sh: {events[-1].text}\n" in errors
-    return events[-1].text
+    assert failed(events).stage == step
+    assert f"install.sh: {failed(events).text}\n" in errors
+    return failed(events).text
 
 
 def of_model(events: list[Event]) -> list[Event]:
@@ -158,7 +159,7 @@ def of_model(events: list[Event]) -> list[Event]:
 def test_it_brings_everything_up_and_a_second_run_changes_nothing(ollama: Ollama, good: bytes) -> None:
     code, events, errors = install(ollama.box)
     assert (code, errors) == (0, "")
-    assert list(outcome(events).items()) == [(step, "done") for step in STEPS]
+    assert outcome(events) == dict.fromkeys(STEPS, "done")
     assert [model["name"] for model in ollama.ask("/api/ps")["models"]] == ["tiny:latest"]
     url = f"{ollama.files.url}/o/{ARCHIVE}?version=0.34.0"
     assert ollama.box.text("run/archive") == f"{len(good)} {hashlib.sha256(good).hexdigest()} 0.34.0 {url}"
@@ -345,6 +346,41 @@ def test_a_broken_pull_goes_on_where_it_ended(fault: str, ollama: Ollama) -> Non
     assert [event.done for event in told] == sorted(event.done or 0 for event in told)
 
 
+def test_a_pull_that_becomes_slow_goes_on_over_another_connection(ollama: Ollama) -> None:
+    ollama.files.slow_at = 2_000_000
+    code, events, errors = install(ollama.box, SELFHOST_SLOW_S="1")
+    assert code == 0, (events, errors)
+    begins = [int(asked[6:-1]) for asked in ollama.files.ranges if asked]
+    assert len(begins) == 1
+    assert begins[0] >= 2_000_000
+    assert any("interrupted (it became slow), going on" in event.text for event in of_model(events))
+
+
+def test_an_archive_is_unpacked_while_it_comes_and_used_once_it_is_verified(ollama: Ollama, good: bytes) -> None:
+    ollama.configure(ollama_sha256=digest(good).removeprefix("sha256:"), ollama_bytes=len(good))
+    ollama.files.stall_at = len(good) - 1000
+    folder = ollama.box.dir / "engine"
+    with running(ollama.box) as process:
+        eventually(lambda: any(path.is_file() for path in (folder / "ollama.new").rglob("*")))
+        assert not (folder / "ollama").exists()
+        (ollama.box.tools / "tar").unlink()  # nothing is unpacked anew
+        ollama.files.resume.set()
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, (out, errors)
+
+
+def test_what_was_unpacked_of_another_archive_is_never_used(ollama: Ollama, good: bytes, tmp_path: Path) -> None:
+    """A whole one came first, was too long for the promise, and the right one after it, over the same file."""
+    evil = pack(tmp_path / "evil", {"bin/ollama": program("0.34.0"), "evil": "x"})
+    part = ollama.box.dir / "downloads" / f"{ARCHIVE}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(evil + bytes(len(good)))
+    ollama.configure(ollama_sha256=digest(good).removeprefix("sha256:"), ollama_bytes=len(good))
+    code, events, errors = install(ollama.box)
+    assert code == 0, (events, errors)
+    assert list((ollama.box.dir / "engine").rglob("evil")) == []
+
+
 def test_a_pull_that_never_gains_is_given_up_with_its_reason(ollama: Ollama) -> None:
     del ollama.content[f"/v2/library/tiny/blobs/{digest(WEIGHTS)}"]
     ollama.box.dir.joinpath("bin/ollama.py").write_bytes(
@@ -478,6 +514,7 @@ def test_a_model_that_cannot_be_loaded_fails_with_the_reason(ollama: Ollama) -> 
 def test_whatever_is_killed_comes_back_with_the_model_and_leaves_nothing_behind(part: str, ollama: Ollama) -> None:
     install(ollama.box)
     (old,) = eventually(lambda: ollama.runner)
+    begun = (ollama.box.run / "engine.port").stat().st_mtime_ns
     for pid in ollama.processes(part):
         os.kill(pid, signal.SIGKILL)
     if "supervise" in part:
@@ -488,6 +525,8 @@ def test_whatever_is_killed_comes_back_with_the_model_and_leaves_nothing_behind(
     assert len(ollama.runner) == 1
     assert len(ollama.processes("bin/ollama serve")) == 1
     assert len(ollama.processes("ollama.py serve")) == 1
+    # The proxy sees by its date that this is another one, which has read nothing yet.
+    eventually(lambda: (ollama.box.run / "engine.port").stat().st_mtime_ns != begun)
 
 
 def test_stop_ends_all_of_it_soon(ollama: Ollama) -> None:
@@ -512,7 +551,7 @@ def test_an_ollama_of_somebody_else_on_the_port_is_never_taken_for_ours(ollama: 
         eventually(lambda: ollama.ask("/api/version"))
         code, events, _ = install(ollama.box, "--model", "other:1b")
         other.kill()
-    assert (code, events[-1].stage) == (1, "model")
+    assert (code, failed(events).stage) == (1, "model")
     assert ollama.box.text("run/engine.port") != port
 
 
@@ -532,3 +571,109 @@ def test_an_ollama_that_takes_the_port_while_ours_is_started_again_is_not_taken_
     assert code == 0, events[-1]
     assert [model["name"] for model in ollama.ask("/api/ps")["models"]] == ["other:1b"]
     assert ollama.box.text("run/engine.port") != port
+
+
+def card(ollama: Ollama, tokens: int) -> None:
+    """A GPU with room for so many tokens beside the weights."""
+    home = ollama.box.dir / "engine/home"
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "room").write_text(str(tokens))
+
+
+def served(ollama: Ollama) -> tuple[int, int]:
+    """Context and slots, once the launcher has settled on them."""
+    eventually(lambda: json.loads(ollama.box.text("run/engine.fit"))["loaded"])
+    fit = json.loads(ollama.box.text("run/engine.fit"))
+    (model,) = ollama.ask("/api/ps")["models"]
+    assert fit["context"] == model["context_length"]
+    return fit["context"], fit["slots"]
+
+
+def test_slots_and_the_type_of_what_is_kept_reach_the_server(ollama: Ollama) -> None:
+    ollama.configure(slots=2, kv_cache_type="q4_0")
+    assert install(ollama.box)[0] == 0
+    told = json.loads(ollama.box.text("engine/home/environment.json"))
+    assert (told["OLLAMA_NUM_PARALLEL"], told["OLLAMA_KV_CACHE_TYPE"]) == ("2", "q4_0")
+    assert served(ollama) == (4096, 2)  # without a card nothing is taken away
+    server = ollama.processes("bin/ollama serve")
+    ollama.configure(slots=1, kv_cache_type="q4_0")
+    assert install(ollama.box)[0] == 0
+    assert ollama.processes("bin/ollama serve") != server
+    assert served(ollama) == (4096, 1)
+
+
+@pytest.mark.parametrize(
+    ("room", "slots", "held"),
+    [
+        (16384, 2, (8192, 2)),
+        (8192, 3, (8192, 1)),  # fewer slots before less context
+        (6500, 1, (6144, 1)),
+        (4096, 2, (4096, 1)),
+    ],
+)
+def test_what_does_not_fit_into_the_card_is_loaded_with_less(
+    room: int, slots: int, held: tuple[int, int], ollama: Ollama
+) -> None:
+    card(ollama, room)
+    ollama.configure(context=8192, slots=slots)
+    install(ollama.box)
+    assert served(ollama) == held
+    assert not (ollama.box.run / "engine.problem").exists()
+
+
+def test_a_card_that_is_too_small_to_load_it_at_all_is_no_other_case(ollama: Ollama) -> None:
+    card(ollama, 6500)
+    (ollama.box.dir / "engine/home/strict").touch()
+    ollama.configure(context=8192)
+    assert install(ollama.box)[0] == 0
+    assert served(ollama) == (6144, 1)
+
+
+def test_a_launcher_that_is_killed_begins_where_it_came_to(ollama: Ollama) -> None:
+    card(ollama, 6500)
+    ollama.configure(context=8192)
+    install(ollama.box)
+    assert served(ollama) == (6144, 1)
+    card(ollama, 100_000)
+    os.kill(int(ollama.box.text("run/engine.child")), signal.SIGKILL)
+    eventually(lambda: not json.loads(ollama.box.text("run/engine.fit"))["loaded"])
+    assert served(ollama) == (6144, 1)
+    # Asked for something else, it tries that.
+    ollama.configure(context=7168)
+    install(ollama.box)
+    assert served(ollama) == (7168, 1)
+
+
+def test_a_launcher_that_stepped_down_still_ends_when_it_is_told_to(ollama: Ollama) -> None:
+    card(ollama, 6500)
+    ollama.configure(context=8192)
+    install(ollama.box)
+    served(ollama)
+    launcher = int(ollama.box.text("run/engine.child"))
+    os.kill(launcher, signal.SIGTERM)  # stop.sh would kill it in the end
+    eventually(lambda: not Path(f"/proc/{launcher}").exists(), 5)
+    assert ollama.box.sh(str(ollama.box.dir / "bin/stop.sh")).returncode == 0
+    assert not ollama.processes("ollama")
+    assert not ollama.runner
+
+
+def test_a_card_that_has_no_room_for_half_of_it_is_a_failure(ollama: Ollama) -> None:
+    card(ollama, 1000)
+    ollama.configure(context=8192)
+    install(ollama.box)
+    eventually(lambda: (ollama.box.run / "engine.problem").exists())
+    said = ollama.box.text("run/engine.problem")
+    assert said == (
+        "tiny:latest does not fit into the GPU's memory: 0 of 0 MB are there, and there is nothing less to try"
+    )
+    assert json.loads(ollama.box.text("run/engine.fit"))["context"] == 4096
+
+
+def test_each_step_down_has_a_port_of_its_own_so_that_the_proxy_asks_for_the_context_anew(ollama: Ollama) -> None:
+    card(ollama, 6500)
+    ollama.configure(context=8192)
+    install(ollama.box)
+    served(ollama)
+    hosts = ollama.box.text("engine/home/hosts").split()
+    assert len(hosts) == 3  # 8192, 7168, 6144
+    assert all(before != after for before, after in itertools.pairwise(hosts))

@@ -66,6 +66,13 @@ def test_a_month_has_the_rentals_that_began_in_it_whole() -> None:
     assert [row.invoice.label for row in cost.report(rentals, usage, PRICE, "2026-10", now=NOON).rentals] == ["before"]
 
 
+@pytest.mark.parametrize("month", ["2026-11", "2026-12", "2024-02"])
+def test_a_month_spans_all_of_its_days(month: str) -> None:
+    since, until = cost.span(month)
+    assert (cost.month_of(since), cost.month_of(until - 1)) == (month, month)
+    assert cost.month_of(since - 1) != month != cost.month_of(until)
+
+
 def test_what_runs_is_told_so_far_whatever_the_month() -> None:
     live = replace(ended("live", NOON, 0.0), state=State.READY, charges=None, ended_at=None)
     value = cost.report([live], {}, PRICE, "2026-10", now=NOON + 7200)
@@ -73,6 +80,18 @@ def test_what_runs_is_told_so_far_whatever_the_month() -> None:
     assert [(row.invoice.label, row.running, row.invoice.estimated) for row in value.running] == [("live", True, True)]
     assert value.running[0].cost.dollars == pytest.approx(2 * 0.31)
     assert cost.report([live], {}, PRICE, "2026-11", now=NOON + 7200).estimated == 1
+
+
+def test_what_reuse_spared_is_the_sum_of_each_engines_own() -> None:
+    rentals = [ended(label, NOON, 1.0) for label in ("fast", "slow", "unknown")]
+    usage = {
+        "fast": Usage(1, 2_000, 1_000, 1, read_tokens=1_000, read_s=1.0),
+        "slow": Usage(1, 2_000, 1_000, 1, read_tokens=1_000, read_s=10.0),
+        "unknown": Usage(1, 2_000, 1_000, 1),
+    }
+    report = cost.report(rentals, usage, PRICE, "2026-11", now=NOON)
+    assert [row.cost.spared_s for row in report.rentals] == [1.0, 10.0, None]
+    assert report.total.spared_s == 11.0
 
 
 def test_a_rental_that_never_became_a_box_is_not_told() -> None:

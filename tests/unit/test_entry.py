@@ -124,10 +124,10 @@ def test_a_variable_of_the_old_system_is_told_once_on_stderr(user: User) -> None
     user.rent(State.READY).close()
     with StubFront(TOKEN, state()) as front:
         user.keeper(front)
-        first, second = (user.selfhost("claude", MODEL_NAME="x", CEREBRAS_API_KEY="pw") for _ in range(2))
+        first, second = (user.selfhost("claude", MODEL_NAME="x", OLLAMA_HOST="pw") for _ in range(2))
     assert (
         first.stderr
-        == "selfhost: MODEL_NAME and CEREBRAS_API_KEY are not used: `selfhost config show` tells what is, instead\n"
+        == "selfhost: MODEL_NAME and OLLAMA_HOST are not used: `selfhost config show` tells what is, instead\n"
     )
     assert (first.returncode, second.returncode, second.stderr) == (42, 42, "")
 

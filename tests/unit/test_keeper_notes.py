@@ -145,7 +145,7 @@ def test_who_asks_while_a_box_is_got_ready_is_told_to_come_back_in_a_minute(keep
     for state, seconds in ((State.READY, 5), (State.INSTALLING, 60), (State.CREATING, 60)):
         keeper._rentals = [replace(ready, state=state)]
         keeper._links = {ready.label: Wire(LinkState.RECONNECTING, "lost")}  # type: ignore[dict-item]
-        away = keeper._upstream()
+        away = keeper._box()
         assert isinstance(away, Away)
         assert (away.state, away.retry_after) == ("reconnecting", seconds)
 

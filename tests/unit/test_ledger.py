@@ -110,6 +110,32 @@ def test_usage_adds_up(ledger: Ledger) -> None:
     assert ledger.usage("one") == Usage(2, 150, 60, 15)
 
 
+def test_what_reuse_spared_is_told_at_the_rate_at_which_the_engine_really_reads(ledger: Ledger) -> None:
+    assert ledger.usage("one").spared_s is None
+    ledger.add_usage("one", "main", Usage(1, 10_000, 0, 1))  # from a proxy that does not say
+    ledger.add_usage("one", "main", Usage(1, 10_000, 9_900, 1), 1.0)  # nearly nothing was read
+    assert ledger.usage("one").spared_s is None
+    ledger.add_usage("one", "main", Usage(1, 3_000, 1_000, 1), 2.0)
+    ledger.add_usage("one", "main", Usage(1, 2_000, 0, 1), 2.0)
+    assert ledger.usage("one") == Usage(4, 25_000, 10_900, 4, 4_000, 4.0)
+    assert ledger.usage("one").spared_s == pytest.approx(10.9)
+
+
+def test_a_ledger_of_the_first_schema_goes_on(ledger: Ledger) -> None:
+    ledger.intend(make_rental("one"))
+    ledger.add_usage("one", "main", Usage(1, 100, 50, 10))
+    with closing(sqlite3.connect(ledger.path)) as db:
+        db.execute("ALTER TABLE usage DROP COLUMN prompt_s")
+        db.execute("PRAGMA user_version = 1")
+        db.commit()
+    for _ in range(2):
+        with closing(Ledger(ledger.path)) as again:
+            again.add_usage("one", "main", Usage(1, 400, 0, 10), 2.0)
+            assert [rental.label for rental in again.live()] == ["one"]
+            found = again.usage("one")
+    assert found == Usage(3, 900, 50, 30, 800, 4.0)
+
+
 def test_a_broken_file_refuses_with_a_remedy(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite3"
     path.write_bytes(b"this is no database, but long enough to be looked at" * 30)

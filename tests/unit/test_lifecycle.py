@@ -452,7 +452,9 @@ def test_what_cannot_work_is_refused_before_money_is_spent(
 
 def with_ollama(stage: Stage, find_model: Callable[[], int | None] = lambda: 700_000_000) -> World:
     """The same world, with the engine of GPU boxes on the live market."""
-    live = replace(stage.world.settings, engine="ollama", market_url="https://console.vast.ai", disk=None)
+    live = replace(
+        stage.world.settings, engine="ollama", market_url="https://console.vast.ai", disk=None, small_context=True
+    )
     return replace(stage.world, settings=live, find_model=find_model)
 
 
@@ -749,7 +751,7 @@ def only_one(stage: Stage) -> World:
 
 
 def test_a_machine_that_fails_is_destroyed_and_the_next_one_tried(stage: Stage) -> None:
-    stage.box.refusals = 70  # five minutes and more
+    stage.box.refusals = 700  # five minutes and more
     told: list[tuple[str, float]] = []
     stage.market.before = lambda verb: told.append((verb, stage.clock.time()))
     rental = lifecycle.up(stage.world, lambda plan: True)
@@ -869,6 +871,8 @@ UNFULFILLABLE = [
     ("max_price", 0.25, "$0.320/h"),
     ("model", "other", MODEL),
     ("context", 4096, "32768 tokens"),
+    ("slots", 2, "1 slots"),
+    ("kv_cache_type", "f16", "KV q8_0"),
     ("engine", "ollama", "llamacpp"),
     ("disk", 31.0, "30.0 GB of disk"),
     ("hours", 1.0, "8 h"),
@@ -880,14 +884,14 @@ UNFULFILLABLE = [
 
 
 def test_every_option_of_up_is_compared_with_what_is_up() -> None:
-    assert {name for name, _, _ in UNFULFILLABLE} == set(config.FLAGS) - {"api_key", "attempts"}
+    assert {name for name, _, _ in UNFULFILLABLE} == set(config.FLAGS) - {"api_key", "attempts", "small_context"}
 
 
 def test_a_box_that_is_not_healthy_is_told_by_whether_it_still_stands(stage: Stage) -> None:
     settings = replace(stage.world.settings, context=CONTEXT + 1)  # more than the front behind it has
     with pytest.raises(NotServable, match="health: context") as caught:
         lifecycle.up(replace(stage.world, settings=settings), lambda plan: True)
-    assert caught.value.remedy == "Ask for less: `selfhost up --context TOKENS`."
+    assert caught.value.remedy.startswith("Ask for less: `selfhost up --context TOKENS`; ")
     assert stage.billed == 0
     rental = lifecycle.up(stage.world, lambda plan: True)
     stage.ledger.amend(rental.label, context=CONTEXT + 1)

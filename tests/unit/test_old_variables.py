@@ -37,9 +37,9 @@ def test_what_the_table_calls_a_conflict_is_what_claude_is_given_instead() -> No
 
 
 def test_each_is_told_once_and_what_is_used_never(tmp_path: Path) -> None:
-    env = {"CEREBRAS_API_KEY": "pw-of-mine", "VAST_API_KEY": "key-of-mine", "REDIS_URL": "redis://:of-mine@host"}
+    env = {"OLLAMA_HOST": "pw-of-mine", "VAST_API_KEY": "key-of-mine", "REDIS_URL": "redis://:of-mine@host"}
     told = old_variables.remark(env, tmp_path, tmp_path)
-    assert told == "CEREBRAS_API_KEY is not used: `selfhost config show` tells what is, instead"
+    assert told == "OLLAMA_HOST is not used: `selfhost config show` tells what is, instead"
     assert old_variables.remark(env, tmp_path, tmp_path) == ""
     more = env | {"MODEL_NAME": "x", "API_PORT": "1", "OLLAMA_HOST": ""}
     assert old_variables.remark(more, tmp_path, tmp_path).startswith("MODEL_NAME and API_PORT are not used")

@@ -44,6 +44,21 @@ def test_progress_without_a_terminal_is_a_line_for_each_tenth(monkeypatch: pytes
     assert re.search(r"50 of 100 MB, \d+ MB/s, \d+ s to go", told.getvalue())
 
 
+def test_lines_of_stages_that_run_at_once_are_no_more_than_of_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = io.StringIO()
+    monkeypatch.setattr(render, "err", Console(file=told, width=100))
+    with progress.Talk() as talk:
+        for megabyte in range(101):
+            talk(Event("model", "progress", "tiny", megabyte * 1_000_000, 100_000_000))
+            talk(Event("proxy", "progress", "installing aiohttp"))
+        talk(Event("proxy", "done", "aiohttp"))
+        talk(Event("model", "done", "100 MB"))
+    lines = told.getvalue().splitlines()
+    assert sum("model" in line for line in lines) == 12
+    assert all(re.search(r" \d+\.\d s$", line) for line in lines[-2:])
+    assert len(lines) == 14
+
+
 def test_what_interrupts_a_download_is_told_between_the_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
     told = io.StringIO()
     monkeypatch.setattr(render, "err", Console(file=told, width=100))
@@ -313,6 +328,15 @@ def test_a_low_terminal_keeps_what_goes_on() -> None:
     lines = drawn(77, 2, *PULL)
     assert len(lines) == 2
     assert "GB" in lines[-1]
+
+
+def test_all_that_goes_on_at_once_is_shown() -> None:
+    times = Timeline(lambda: 0.0)
+    for event in (Event("model", "start"), Event("proxy", "start"), Event("model", "progress", "tiny.gguf", 1, 2)):
+        times.tell(event)
+    lines = progress.frame(times, 80, 20).plain.splitlines()
+    spinning = [line.split()[1] for line in lines if line.strip()[0] in progress.SPINNER]
+    assert spinning == ["install", "model", "proxy"]
 
 
 def test_what_is_over_is_folded_into_a_line() -> None:

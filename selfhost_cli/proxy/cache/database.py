@@ -63,7 +63,11 @@ class Database:
             self._worker.submit(self._fail, error)
 
     async def close(self) -> None:
+        """The reader first: who closes last empties the log into the file, which two at the same moment do not."""
         self._closed = True
+        if self.reader:
+            self.reader.close()
+            self.reader = None
         await asyncio.get_running_loop().run_in_executor(self._worker, self._close)
         self._worker.shutdown()
 

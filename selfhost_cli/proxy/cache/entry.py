@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from selfhost_cli.proxy import sse
-from selfhost_cli.proxy.answer import DOUBT, collect
+from selfhost_cli.proxy.answer import DOUBT, PROMPT_MS, collect
 from selfhost_cli.proxy.codec import decode, encode, tokens
 from selfhost_cli.proxy.contract import Json
 from selfhost_cli.proxy.errors import ProxyError, new_id
@@ -115,6 +115,7 @@ def _entry(message: Any, cls: str, at: float, seconds: float) -> Entry | str:
     if message["stop_reason"] not in WHOLE:
         return f"it ended with {message['stop_reason']!s:.40}"
     usage = dict(message["usage"])
+    usage.pop(PROMPT_MS, None)
     if doubt := usage.pop(DOUBT, ""):
         return f"{doubt!s:.40}"
     blocks = [_plain(block) for block in message["content"]]

@@ -65,10 +65,11 @@ AnswerEvent = Prompt | Text | Thinking | ToolCall | ToolInput | Done
 
 @dataclass(frozen=True)
 class Health:
-    """`slots`: how many answers it can generate at once. `facts`: what else it says of itself, for `/health`."""
+    """`slots`: how many answers it can generate at once, 0 when it does not tell. `facts`: what else it says of
+    itself, for `/health`."""
 
     context: int
-    slots: int = 1
+    slots: int = 0
     facts: Json = field(default_factory=dict)
 
 
@@ -98,6 +99,17 @@ class Engine(Protocol):
 
         Raises EngineDown before the first event, EngineBroke after it, ProxyError 400 for what it will never answer.
         """
+        ...
+
+    async def save(self, name: str, tokens: int) -> bool:
+        """Put away what it holds of the last prompt, of so many tokens, so that its next start finds it. Never raises.
+
+        False where the engine has no such thing.
+        """
+        ...
+
+    async def restore(self, name: str) -> bool:
+        """Hold again what was put away under that name. Never raises; False when it cannot be had."""
         ...
 
     async def close(self) -> None: ...

@@ -1,4 +1,5 @@
-"""Engines that speak Anthropic's dialect themselves, with what they get wrong put right: llama.cpp's server, Ollama."""
+"""Engines that speak Anthropic's dialect themselves, with what they get wrong put right: llama.cpp's server, and APIs
+that are sold."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ LEAST_THINKING = 1024
 
 
 class AnthropicEngine(Upstream):
-    def __init__(self, name: str, model: str, base_url: Callable[[], str]) -> None:
-        super().__init__(name, model, base_url)
+    def __init__(self, name: str, model: str, base_url: Callable[[], str], key: str = "") -> None:
+        super().__init__(name, model, base_url, key)
         self._context: dict[str, int] = {}
 
     async def health(self) -> Health:
@@ -96,6 +97,52 @@ class AnthropicEngine(Upstream):
             body["tools"] = request.tools
             body["tool_choice"] = {"type": "any" if request.force_tool else "auto"}
         return body
+
+
+class AnthropicAPI(AnthropicEngine):
+    """What is sold in that dialect, Anthropic's own first. `context` in tokens: there it is told by nobody.
+
+    As its documentation has it; never tried with a paid account.
+    """
+
+    VERSION = "2023-06-01"
+
+    def __init__(self, name: str, model: str, base_url: Callable[[], str], key: str, *, context: int) -> None:
+        super().__init__(name, model, base_url, key)
+        self._told_context = context
+
+    def _credentials(self, key: str) -> dict[str, str]:
+        return {"x-api-key": key, "anthropic-version": self.VERSION}
+
+    async def health(self) -> Health:
+        await self._ask("/v1/models?limit=1")
+        if not self._told_context:
+            raise EngineDown(f"{self.name} does not tell its context; it has to be set")
+        return Health(self._told_context)
+
+    async def context(self) -> int:
+        return self._told_context or (await self.health()).context
+
+    def _body(self, request: Request) -> Json:
+        """Without what only engines of one's own know, and with the places up to which it may keep what it has read."""
+        body = super()._body(request)
+        for ours in ("chat_template_kwargs", "output_config"):
+            body.pop(ours, None)
+        if request.system:
+            body["system"] = [{"type": "text", "text": request.system, "cache_control": KEPT}]
+        messages = [{**one, "content": _unsigned_left_out(one["content"])} for one in body["messages"]]
+        body["messages"] = [one for one in messages if one["content"]]
+        *others, last = body["messages"][-1]["content"]
+        body["messages"][-1] |= {"content": [*others, {**last, "cache_control": KEPT}]}
+        return body
+
+
+KEPT: Json = {"type": "ephemeral"}
+
+
+def _unsigned_left_out(content: list[Json]) -> list[Json]:
+    """Thoughts of another engine have no signature of this one's, which it would refuse."""
+    return [block for block in content if block["type"] != "thinking"]
 
 
 def _thinking(request: Request) -> Json:

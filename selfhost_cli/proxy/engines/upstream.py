@@ -57,8 +57,17 @@ class Upstream:
         self.name = name
         self._model = model
         self._base_url = base_url
-        headers = {"authorization": f"Bearer {key}"} if key else {}
+        headers = self._credentials(key) if key else {}
         self._kept, self._fresh = _session(headers), _session(headers, force_close=True)
+
+    def _credentials(self, key: str) -> dict[str, str]:
+        return {"authorization": f"Bearer {key}"}
+
+    async def save(self, name: str, tokens: int) -> bool:
+        return False
+
+    async def restore(self, name: str) -> bool:
+        return False
 
     async def close(self) -> None:
         await self._kept.close()
@@ -145,6 +154,7 @@ async def _sent(
         data=upload(data),
         headers={"content-type": "application/json"},
         timeout=timeout,
+        allow_redirects=False,  # neither the key nor a prompt goes to a host that nobody named
     )
 
 
@@ -165,6 +175,11 @@ class Refusal:
 
     def error(self, otherwise: type[EngineDown] | type[EngineBroke] = EngineDown) -> ProxyError:
         """In our words: `otherwise` for what may pass, 400 for the rest, because its 500 comes again at every retry."""
+        error = self._error(otherwise)
+        error.origin = self.status
+        return error
+
+    def _error(self, otherwise: type[EngineDown] | type[EngineBroke]) -> ProxyError:
         reason = f"the engine says: {self.message}"
         if self.about_length:
             return self._too_long(reason)

@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from selfhost_cli.proxy.answer import PROMPT_MS
 from selfhost_cli.proxy.cache import cache as cache_module
 from selfhost_cli.proxy.cache import entry as entry_module
 from selfhost_cli.proxy.cache.rules import Rules
@@ -59,9 +60,9 @@ def as_start(block: Json) -> Json:
 
 
 def without_ids(answer: Any) -> Any:
-    """The same for two answers that differ in their ids, and in where their texts are cut."""
+    """The same for two answers that differ in their ids, their times, and in where their texts are cut."""
     if isinstance(answer, dict):
-        return {key: without_ids(value) for key, value in answer.items() if key != "id"}
+        return {key: without_ids(value) for key, value in answer.items() if key not in ("id", PROMPT_MS)}
     if not isinstance(answer, list):
         return answer
     joined: list[Any] = []

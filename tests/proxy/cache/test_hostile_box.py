@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,22 @@ async def test_what_another_box_answered_is_not_kept_for_the_one_that_was_asked(
         front.target = asked
         note, events = await front.answer(STREAM)
         assert (note, texts(events)) == ("miss", "I am A")
+
+
+@asynchronous
+async def test_a_box_that_is_brought_to_another_model_has_no_answers_of_the_one_before(tmp_path: Path) -> None:
+    box = Box(saying("I am A"), model="a")
+    async with before(box, tmp_path) as front:
+        assert (await front.answer(STREAM))[0] == "miss"
+        asked = front.target
+        assert isinstance(asked, Upstream)
+        front.target = replace(asked, changing=True)
+        box.body, box.model = saying("I am B"), "b"
+        note, events = await front.answer(STREAM)
+        assert (note, texts(events)) == ("bypass;not known what is served", "I am B")
+        front.target = asked
+        note, events = await front.answer(STREAM)
+        assert (note, texts(events)) == ("miss", "I am B")
 
 
 @asynchronous
