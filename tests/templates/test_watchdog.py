@@ -389,6 +389,8 @@ def test_the_verdict_stands_even_when_the_watchdog_is_another_one(box: Box, mark
 def test_a_killed_watchdog_is_started_again(box: Box, market: Market, watch: Watch) -> None:
     watch()
     first = only_watchdog(box)
+    # The process is there a moment before it has written when it began.
+    eventually(lambda: box.text("run/started"))
     started = box.text("run/started")
     os.kill(first, signal.SIGKILL)
     only_watchdog(box, besides=first)
