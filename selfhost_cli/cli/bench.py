@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.markup import escape
-from rich.segment import Segments
 from rich.table import Table
 
 from selfhost_cli import attach
@@ -28,8 +27,8 @@ from selfhost_cli.config import Settings
 from selfhost_cli.errors import NotSetUp, SelfhostError
 from selfhost_cli.model import Rental
 
-NAMES, FIGURES, UNBOUND = 28, 12, 250
-"""Columns of a table: of its names, of a figure at least, and of any file."""
+NAMES, FIGURES = 28, 12
+"""Columns of a table: of its names, and of a figure at least."""
 Cells = tuple[list[str], dict[str, list[str]]]
 """The heads of a table, and its rows by their names."""
 
@@ -142,7 +141,7 @@ def _session(value: Report) -> Cells:
 
 
 def _print(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
-    """The first row's name is that of the heads. As wide as it has to be: `Console.print` would cut it."""
+    """The first row's name is that of the heads."""
     (corner, _), *others = rows.items()
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(corner, min_width=NAMES, no_wrap=True)
@@ -150,8 +149,7 @@ def _print(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
         table.add_column(head, justify="right", min_width=FIGURES, no_wrap=True)
     for name, cells in others:
         table.add_row(name, *cells)
-    lines = render.out.render(table, render.out.options.update_width(UNBOUND))
-    render.out.print(Segments(lines), end="", soft_wrap=True)
+    render.whole(table)
 
 
 def _seconds(number: Number | None) -> str:

@@ -19,8 +19,6 @@ from selfhost_cli.ledger import Ledger, Usage
 from selfhost_cli.lifecycle import billing
 from selfhost_cli.model import Event
 
-WIDTH = 100
-
 
 def run(settings: Settings, month: str | None, *, json: bool) -> None:
     """Print the report; a market that cannot be asked is a note. Raises UsageError, LedgerBroken."""
@@ -65,7 +63,7 @@ def _report(value: Report) -> None:
         render.out.print(f"no rental began in {value.month}")
         return
     render.out.print(f"[bold]Rentals that began in {value.month}[/]")
-    render.out.print(_table(value), width=max(render.out.width, WIDTH))  # a number that is cut off is a wrong one
+    render.whole(_table(value))
     _cost("total", value.total, value.list_price)
     for bill in (row.invoice for row in value.rentals if row.invoice.uncertain):
         between = f"between {render.money(bill.least)} and {render.money(bill.most)}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +28,10 @@ PROOF, PROOF_OF_OURS = "nothing is billed any more", "nothing of this installati
 UNGUARDED = "its watchdog is not armed: only `selfhost down` or the keeper ends it"
 UNWATCHED_S = 60.0
 """A watchdog that lives looks every few seconds; the market's answer may keep it for twenty."""
+
+
+UNBOUND = 250
+"""Columns of a table that is shown whole, at most."""
 
 
 class _Console(Console):
@@ -47,6 +52,13 @@ class _Console(Console):
 
 out = _Console(highlight=False, soft_wrap=True)
 err = _Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def whole(table: Table) -> None:
+    """As wide as it has to be: `Console.print` would cut it at the terminal's width;
+    a number that is cut is a wrong one."""
+    lines = out.render(table, out.options.update_width(UNBOUND))
+    out.print(Segments(lines), end="", soft_wrap=True)
 
 
 def as_json(value: Any, error: SelfhostError | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -9,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from selfhost_cli import config, cost
+from selfhost_cli.cli import render
 from selfhost_cli.cost import PerMillion
 from selfhost_cli.errors import UsageError
 from selfhost_cli.ledger import Ledger, Usage
@@ -147,3 +150,14 @@ def test_a_month_that_is_none_is_a_usage_error(text: str) -> None:
 
 def test_a_month_may_be_written_short() -> None:
     assert cost.month("2026-3") == "2026-03"
+
+
+def test_a_narrow_terminal_cuts_no_number_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = io.StringIO()
+    monkeypatch.setattr(render, "out", render._Console(file=told, width=40, force_terminal=True, color_system=None))
+    table = Table(box=None)
+    for name in ("dollars", "in", "out"):
+        table.add_column(name, no_wrap=True)
+    table.add_row("1" * 20, "2" * 20, "3" * 20)
+    render.whole(table)
+    assert [word for word in told.getvalue().split() if word.isdigit()] == ["1" * 20, "2" * 20, "3" * 20]
