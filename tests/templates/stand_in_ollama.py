@@ -194,7 +194,7 @@ def main() -> None:
     home = Path(os.environ["HOME"])
     (home / "environment.json").write_text(json.dumps(dict(os.environ)))
     with (home / "hosts").open("a") as hosts:
-        hosts.write(f"{os.environ['OLLAMA_HOST']} {os.environ['OLLAMA_CONTEXT_LENGTH']}\n")
+        hosts.write(f"{os.environ['OLLAMA_HOST']} {os.environ.get('OLLAMA_CONTEXT_LENGTH', 0)}\n")
 
     def leave(*_: object) -> None:
         for child in runner.values():
