@@ -121,7 +121,11 @@ class Way:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print a list of figures")
-    parser.add_argument("--full", action="store_true", help="every tool: 19 000 tokens, which takes hours on a CPU")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="every tool: 19 000 tokens; on a CPU, the first turns take half an hour a round, the session hours",
+    )
     parser.add_argument("--only", choices=("session", "first"), help="one half of it")
     parser.add_argument("--rounds", type=int, default=3, help="of the first turn (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=config.paths("default", os.environ).cache)
