@@ -214,6 +214,8 @@ def _checked(backend: Backend, *, template: bool) -> Backend:
             isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6
         ):
             raise UsageError(f"{name} is to be a number of dollars")
+    if not isinstance(backend.fields, Mapping):
+        raise UsageError("fields is to be a table: what every request there gets, too")
     if backend.context < 0 or backend.slots < 1:
         raise UsageError("context and slots are numbers above zero")
     keys.checked(backend.key)

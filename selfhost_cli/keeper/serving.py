@@ -122,10 +122,11 @@ class Serving:
             self._hosts[backend.name] = await host(self._settings, backend, key)
             self._trouble.pop(backend.name, None)
             log.info("backend %s: %s at %s", backend.name, backend.model, backend.url)
-        except (SelfhostError, OSError) as error:
-            why = error.message if isinstance(error, SelfhostError) else str(error)
+        except Exception as error:  # a bug of ours, too: the keeper also renews the lease of a rented box
+            ours = isinstance(error, SelfhostError | OSError)
+            why = error.message if isinstance(error, SelfhostError) else str(error) or type(error).__name__
             if self._trouble.get(backend.name) != why:
-                log.error("%s", why)
+                log.error("%s", why, exc_info=not ours)
             self._trouble[backend.name] = why
 
     def _key(self, backend: Backend, *, must: bool = False) -> str:

@@ -45,6 +45,7 @@ def test_what_is_added_is_there_the_next_time_and_nothing_in_the_file_is_lost(pa
         ("kind = 'openai'\nurl = 'https://a'\nmodel = 'm'\nslots = true", "slots is to be a whole number"),
         ("kind = 'openai'\nurl = 'https://a'\nmodel = 'm'\nprice_in = -1", "price_in is to be a number of dollars"),
         ("kind = 'openai'\nurl = 'https://a'\nmodel = 'm'\nkey = 'sk-123'", "no place for a key"),
+        ("kind = 'openai'\nurl = 'https://a'\nmodel = 'm'\nfields = 'seed'", "fields is to be a table"),
         ("kind = 'local'\nurl = 'http://127.0.0.1:1'\nmodel = 'm'", "engine is one of"),
         ("kind = 'vast'", "is there already"),
     ],

@@ -202,6 +202,36 @@ async def test_a_missing_key_is_told_to_who_asks(house: House) -> None:
             assert await said(answer) == "I am sold"
 
 
+class OddEnvironment(dict[str, str]):
+    def __contains__(self, name: object) -> bool:
+        raise RuntimeError("odd")
+
+
+@asynchronous
+async def test_what_nobody_thought_of_keeps_one_backend_from_serving_and_not_the_keeper(house: House) -> None:
+    house.serving = Serving(house.settings, lambda: NO_BOX, lambda backend, since: 0.0, OddEnvironment())
+    async with service(house, "sold", "I am sold"), house.opened() as ask:
+        await house.use("sold")
+        async with ask() as answer:
+            assert answer.status == 529
+            assert "odd" in (await answer.json())["error"]["message"]
+
+
+@asynchronous
+async def test_a_smaller_context_than_claude_was_told_makes_it_compact(house: House) -> None:
+    async with service(house, "large", "I am large"), service(house, "small", "") as small, house.opened() as ask:
+        small.refusals = [(400, {"error": {"message": "Please reduce it.", "code": "context_length_exceeded"}})]
+        await house.use("large")
+        async with ask() as answer:
+            await said(answer)
+        await house.use("small")
+        async with ask() as answer:
+            assert answer.status == 400
+            error = (await answer.json())["error"]
+            assert error["type"] == "invalid_request_error"
+            assert error["message"].startswith("prompt is too long")
+
+
 @asynchronous
 async def test_another_key_is_used_from_the_next_request_on(house: House) -> None:
     async with service(house, "sold", "I am sold", key="file") as stub, house.opened() as ask:
