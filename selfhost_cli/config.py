@@ -204,6 +204,7 @@ class Settings:
     slots: int = _setting(1, "conversations the engine answers at once; each takes the memory of a context")
     kv_cache_type: str = _setting("q8_0", "what the engine keeps of a conversation as: f16, q8_0 or q4_0")
     small_context: bool = _setting(False, "take a context that interactive use of Claude Code does not fit in")
+    ssh_config: str = _setting("", "for a machine of one's own: another file than ~/.ssh/config")
     pip_args: str = _setting("", "arguments for pip on the box")
     proxy_requirements: str = _setting(
         "aiohttp==3.14.5 orjson==3.13.0 prometheus-client==0.26.0", "what the proxy on the box is run with"

@@ -55,7 +55,7 @@ class InstallSpec:
     `context` is that of each of the `slots`, the answers that are generated at once.
     `pip_args` and the requirements are words as pip takes them, separated by spaces. `archive` is what Ollama's release
     archive must be, None when none was seen yet: then it is what comes from `ollama_url`. `registry` is where its
-    models come from, "" for its own.
+    models come from, "" for its own. `packages`: what is missing of tools may be installed for the whole machine.
     """
 
     engine: str
@@ -75,6 +75,7 @@ class InstallSpec:
     registry: str = ""
     slots: int = 1
     kv_cache_type: str = "q8_0"
+    packages: bool = True
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def env_file(spec: InstallSpec) -> bytes:
         "OLLAMA_BYTES": str(spec.archive.size) if spec.archive else "",
         "OLLAMA_SHA256": spec.archive.sha256 if spec.archive else "",
         "REGISTRY": spec.registry,
+        "PACKAGES": "" if spec.packages else "no",
     }
     return "".join(f"SELFHOST_{name}={_quote(value)}\n" for name, value in values.items()).encode()
 

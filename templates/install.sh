@@ -139,7 +139,7 @@ settings() {
   : "${SELFHOST_SLOTS:=1}" "${SELFHOST_KV_CACHE_TYPE:=q8_0}"
   : "${SELFHOST_MODEL_URL=}" "${SELFHOST_MODEL_SHA256=}" "${SELFHOST_MODEL_BYTES=}" "${SELFHOST_PIP_ARGS=}"
   : "${SELFHOST_PROXY_REQUIREMENTS=aiohttp>=3.11 orjson>=3.10 prometheus-client>=0.22}" "${SELFHOST_ENGINE_REQUIREMENTS=xllamacpp}" "${SELFHOST_VERSION=}"
-  : "${SELFHOST_OLLAMA_VERSION:=0.34.0}" "${SELFHOST_OLLAMA_SHA256=}" "${SELFHOST_OLLAMA_BYTES=}" "${SELFHOST_REGISTRY=}"
+  : "${SELFHOST_OLLAMA_VERSION:=0.34.0}" "${SELFHOST_OLLAMA_SHA256=}" "${SELFHOST_OLLAMA_BYTES=}" "${SELFHOST_REGISTRY=}" "${SELFHOST_PACKAGES=}"
   : "${SELFHOST_OLLAMA_URL:=https://ollama.com/download/ollama-linux-amd64.tar.zst}"
   OLLAMA_URL="$SELFHOST_OLLAMA_URL?version=$SELFHOST_OLLAMA_VERSION"
   NAME=${SELFHOST_MODEL_URL##*/}
@@ -158,7 +158,7 @@ write_settings() {
     "PIP_ARGS=$SELFHOST_PIP_ARGS" "PROXY_REQUIREMENTS=$SELFHOST_PROXY_REQUIREMENTS" \
     "ENGINE_REQUIREMENTS=$SELFHOST_ENGINE_REQUIREMENTS" "OLLAMA_VERSION=$SELFHOST_OLLAMA_VERSION" \
     "OLLAMA_URL=$SELFHOST_OLLAMA_URL" "OLLAMA_SHA256=$SELFHOST_OLLAMA_SHA256" \
-    "OLLAMA_BYTES=$SELFHOST_OLLAMA_BYTES" "REGISTRY=$SELFHOST_REGISTRY"; do
+    "OLLAMA_BYTES=$SELFHOST_OLLAMA_BYTES" "REGISTRY=$SELFHOST_REGISTRY" "PACKAGES=$SELFHOST_PACKAGES"; do
     printf "SELFHOST_%s='%s'\n" "${pair%%=*}" "$(printf %s "${pair#*=}" | sed "s/'/'\\\\''/g")"
   done
 }
@@ -259,7 +259,7 @@ do_tools() {
   if [ "$missing" ]; then
     # shellcheck disable=SC2046
     packages=$(words $(for tool in $missing; do package_of "$tool"; done | tr ' ' '\n' | sort -u))
-    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    if [ "$SELFHOST_PACKAGES" = no ] || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
       fail "missing on this box: $missing; as root: apt-get install -y $packages"
     fi
     busy "installing $packages" apt_install "$packages" || fail "apt-get could not install $packages"

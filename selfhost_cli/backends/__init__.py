@@ -32,6 +32,8 @@ ENGINES = ("ollama", "llamacpp", "openai")
 
 class Kind(StrEnum):
     VAST = "vast"
+    SSH = "ssh"
+    """A machine of one's own that we installed on; its `url` is as `ssh` takes it."""
     LOCAL = "local"
     """A server on this machine or network."""
     OPENAI = "openai"
@@ -231,6 +233,10 @@ def _checked(backend: Backend, *, template: bool) -> Backend:
         return backend
     if not backend.model:
         raise UsageError("it has no model", "Pass --model NAME, as that server calls it.")
+    if backend.kind is Kind.SSH:
+        if not backend.url:
+            raise UsageError("it has no url", "It is where `ssh` goes: user@host.")
+        return backend
     return replace(backend, url=address(backend.url, plain_http=backend.plain_http))
 
 

@@ -139,6 +139,11 @@ def up(
         int | None, typer.Option(help="Rent this number of the ranking shown last, and no other.", show_default=False)
     ] = None,
     unguarded: Annotated[bool | None, _setting("unguarded", "--unguarded")] = None,
+    machine: Annotated[
+        str,
+        typer.Option("--ssh", help="Rent nothing: install on this machine of your own.", metavar="USER@HOST"),
+    ] = "",
+    name: Annotated[str, typer.Option(help="With --ssh: what to call it.")] = "",
     trace: Annotated[
         bool, typer.Option("--trace", help="At the end, tell on stderr where the time went; with --json also in it.")
     ] = False,
@@ -150,7 +155,7 @@ def up(
     from selfhost_cli.cli import offers, progress, render, wiring, words
 
     interactive = _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
-    if not interactive and not yes:
+    if not interactive and not yes and not machine:
         raise UsageError("`selfhost up` asks before it rents, and this is no terminal", "Pass --yes.")
     flags: dict[str, Any] = {"gpu": gpu, "region": region, "max_price": max_price, "model": model, "engine": engine}
     flags |= {
@@ -169,6 +174,11 @@ def up(
     }
     settings = _settings(ctx, flags)
     launch = interactive and not detach and not json
+    if machine:
+        _up_on(settings, machine, name, trace=trace, json=json)
+        if launch:
+            launching.claude(settings.profile, claude_args or [])
+        return
     wanted = offers.picked(settings, pick)
 
     def confirm(plan: lifecycle.Plan) -> bool:
@@ -192,6 +202,19 @@ def up(
             render.ready(rental, url)
     if launch:
         launching.claude(settings.profile, claude_args or [])
+
+
+def _up_on(settings: Any, destination: str, name: str, *, trace: bool, json: bool) -> None:
+    """`up` without a rental."""
+    from selfhost_cli.cli import machine, progress, render
+
+    with _signals_interrupt(), progress.Talk(trace=trace) as talk:
+        backend, front = machine.up(settings, destination, name, talk)
+    if json:
+        told = {"name": backend.name, "model": backend.model, "context": backend.context}
+        render.as_json({"machine": told, "url": front.url} | ({"trace": talk.trace()} if trace else {}))
+    else:
+        render.machine_ready(destination, backend.name, backend.model, front.url)
 
 
 @app.command()
@@ -227,17 +250,30 @@ def down(
     ctx: typer.Context,
     everything: Annotated[bool, typer.Option("--all", help="Also boxes of other selfhost installations.")] = False,
     api_key: Annotated[str | None, _setting("api_key")] = None,
+    own: Annotated[
+        str, typer.Option("--ssh", help="Stop this machine of your own, and nothing else.", metavar="USER@HOST|NAME")
+    ] = "",
+    wipe: Annotated[bool, typer.Option("--wipe", help="With --ssh: also remove ~/.selfhost there.")] = False,
     json: Json = False,
 ) -> None:
     """Destroy every box, prove by listing that nothing is left, print the invoice."""
     from selfhost_cli import lifecycle
-    from selfhost_cli.cli import progress, render, wiring
+    from selfhost_cli.cli import machine, progress, render, wiring
 
+    if wipe and not own:
+        raise UsageError("--wipe is for a machine of your own", "Pass --ssh, too; a rented box is destroyed as a whole")
+    if own:
+        with _signals_interrupt():
+            machine.down(_settings(ctx), own, wipe=wipe)
+        if json:
+            render.as_json({"machine": own, "wiped": wipe})
+        return
     with _signals_interrupt(), progress.Talk() as talk:
         settings = _settings(ctx, {"api_key": api_key})
         with wiring.world(settings, talk, needs_ledger=False) as world:
             ended = lifecycle.down(world, everything=everything)
     render.as_json(ended) if json else render.ended(ended)
+    machine.remind(settings)
 
 
 @app.command()

@@ -211,6 +211,8 @@ def test(settings: Settings, name: str, *, json: bool) -> None:
     backend = backends.get(settings.paths, name)
     if backend.kind is Kind.VAST:
         raise UsageError("the rented box is tested by `selfhost doctor`")
+    if backend.kind is Kind.SSH:
+        raise UsageError(f"{name} is asked for a token by `up`", f"Run `selfhost up --ssh {backend.url} --detach`.")
     held = keys.read(settings.paths, name, backend.key, os.environ)
     try:
         told = attach.call(attach.ensure(settings), "test", {"name": name, "key": held}, timeout=TEST_S)

@@ -79,6 +79,11 @@ def ready(rental: Rental, url: str) -> None:
         err.print(f"[yellow]![/] {UNGUARDED}")
 
 
+def machine_ready(destination: str, name: str, model: str, url: str) -> None:
+    said = f"{escape(destination)} serves {escape(model)} at {url}. `selfhost down --ssh {name}` stops it."
+    err.print(f"[green]✓[/] {said}")
+
+
 def failed_as_json(error: SelfhostError) -> None:
     """What a program reads instead of the product: the error, its exit code, and what may be billed, if anything."""
     as_json(_error(error) | {"left": list(error.left) if isinstance(error, MayBeBilling) else []})

@@ -15,6 +15,7 @@ from selfhost_cli.lifecycle.reaching import Reach
 from selfhost_cli.model import Endpoint, Event, Rental
 from selfhost_cli.models.planner import Model
 from selfhost_cli.providers import Provider
+from selfhost_cli.remote import Remote
 
 
 @contextmanager
@@ -55,6 +56,13 @@ def world(
 
 def _shape(settings: Settings) -> Model | None:
     return models.find(settings.model, settings.registry, exact=True).model if settings.engine == "ollama" else None
+
+
+def machine(settings: Settings, destination: str) -> Remote:
+    """A login on a machine of the user's own, as they log in there. Raises NotSetUp and UsageError."""
+    from selfhost_cli.remote import openssh
+
+    return openssh.OpenSsh(destination, settings.ssh_config)
 
 
 def books(settings: Settings, ledger: Ledger, report: Callable[[Event], None]) -> lifecycle.Books:

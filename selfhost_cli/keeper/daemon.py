@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 
 from aiohttp import web
 
@@ -83,7 +84,7 @@ class _Keeper:
         self._warnings = countdown.Warnings()
         self._notice = Notice(settings.paths, settings.profile)
         self._prewarming = Prewarming(settings)
-        self._serving_now = Serving(settings, self._box, self._spent, os.environ)
+        self._serving_now = Serving(settings, self._box, self._spent, os.environ, partial(wiring.forward, settings))
         self._probing = 0
         self._began = time.monotonic()
         self._stop = asyncio.Event()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from selfhost_cli import __version__, backends
-from selfhost_cli.backends import Backend, Kind, keys
+from selfhost_cli.backends import Backend, Kind, keys, machines
+from selfhost_cli.backends.machines import Machine
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import SelfhostError
+from selfhost_cli.keeper.wire import Wire
 from selfhost_cli.proxy.engines import Engine
 from selfhost_cli.proxy.engines.anthropic import AnthropicAPI
 from selfhost_cli.proxy.engines.llamacpp import LlamaCppEngine
@@ -65,8 +69,20 @@ class _Host:
         return f"http://127.0.0.1:{self.port}"
 
 
+@dataclass
+class _Reached:
+    """A machine of one's own, as it was when its tunnel began."""
+
+    backend: Backend
+    machine: Machine
+    wire: Wire
+
+
 class Serving:
-    """Make and use it inside the event loop. `vast`: where a rented box is; `spent`: dollars of one since a time."""
+    """Make and use it inside the event loop. `vast`: where a rented box is; `spent`: dollars of one since a time.
+
+    `forward`: the program that brings a port of the machine at a destination to one of this.
+    """
 
     def __init__(
         self,
@@ -74,20 +90,23 @@ class Serving:
         vast: Callable[[], Upstream | Away],
         spent: Callable[[Backend, float], float],
         env: Mapping[str, str],
+        forward: Callable[[str, int, int], Sequence[str]],
     ) -> None:
         self._settings = settings
         self._vast = vast
         self._spent = spent
         self._env = env
+        self._forward = forward
         self._given: dict[str, str] = {}
         """Keys that a command brought along: those of its environment are not in ours."""
         self._hosts: dict[str, _Host] = {}
+        self._reached: dict[str, _Reached] = {}
         self._trouble: dict[str, str] = {}
         self._chain: list[Backend] = [backends.get(settings.paths, backends.VAST)]
         self._problem = ""
         self._passed_over: dict[str, tuple[float, str]] = {}
         self._last = ""
-        self._ending: dict[asyncio.Task[None], _Host] = {}
+        self._ending: dict[asyncio.Task[None], _Host | Wire] = {}
 
     @property
     def needs_us(self) -> bool:
@@ -107,7 +126,8 @@ class Serving:
                 log.error("%s", error.message)
             self._problem = error.message
             return
-        wanted = {one.name: one for one in self._chain if one.kind is not Kind.VAST}
+        self._reach({one.name: one for one in self._chain if one.kind is Kind.SSH})
+        wanted = {one.name: one for one in self._chain if one.kind not in (Kind.VAST, Kind.SSH)}
         for name in list(self._hosts):
             host = self._hosts[name]
             if wanted.get(name) != host.backend or self._key(host.backend) not in ("", host.key):
@@ -115,6 +135,24 @@ class Serving:
         for name, backend in wanted.items():
             if name not in self._hosts:
                 await self._host(backend)
+
+    def _reach(self, wanted: Mapping[str, Backend]) -> None:
+        """The tunnels to machines of one's own: what changed gets another; the old one ends with its last answer."""
+        for name, one in list(self._reached.items()):
+            if wanted.get(name) != one.backend or machines.recall(self._settings.paths, name) != one.machine:
+                del self._reached[name]
+                self._end(one.wire.retire(), one.wire)
+        for name, backend in wanted.items():
+            machine = machines.recall(self._settings.paths, name)
+            if machine is None or not machine.port:
+                self._trouble[name] = f"{name} is not installed: run `selfhost up --ssh {backend.url}`"
+            elif name not in self._reached:
+                self._trouble.pop(name, None)
+                words = functools.partial(self._words, backend, machine)
+                self._reached[name] = _Reached(backend, machine, Wire(name, words))
+
+    def _words(self, backend: Backend, machine: Machine, port: int) -> Sequence[str]:
+        return self._forward(backend.url, port, machine.port)
 
     async def _host(self, backend: Backend) -> None:
         try:
@@ -161,12 +199,17 @@ class Serving:
             return Away("capped", f"{told}: `selfhost backends add {name} --per-day` moves that", 60)
         if why := self._trouble.get(name):
             return Away("not set up", why, 15)
-        if name not in self._hosts:
+        if name not in self._hosts and name not in self._reached:
             return Away("starting", f"backend {name} is being started", 1)
         if len(self._chain) > 1 and name in self._passed_over:
             since, why = self._passed_over[name]
             if time.monotonic() - since < AGAIN_S:
                 return Away("away", why)
+        if backend.kind is Kind.SSH:
+            reached = self._reached[name]
+            if reached.wire.port is None:
+                return reached.wire.away
+            return Upstream(f"http://127.0.0.1:{reached.wire.port}", reached.machine.token, backend.label, name)
         one = self._hosts[name]
         return Upstream(one.url, one.token, backend.label, backend.name)
 
@@ -207,7 +250,8 @@ class Serving:
 
     async def contexts(self) -> dict[str, int]:
         """In tokens, of those that are no rented box. Raises ProxyError when one does not say."""
-        return {name: await one.engine.context() for name, one in self._hosts.items()}
+        known = {name: one.backend.context for name, one in self._reached.items()}
+        return known | {name: await one.engine.context() for name, one in self._hosts.items()}
 
     def _retire(self, one: _Host) -> None:
         async def end() -> None:
@@ -215,7 +259,10 @@ class Serving:
                 await asyncio.sleep(LOOK_S)
             await one.app.cleanup()
 
-        task = asyncio.create_task(end())
+        self._end(end(), one)
+
+    def _end(self, ending: Coroutine[Any, Any, None], one: _Host | Wire) -> None:
+        task = asyncio.create_task(ending)
         self._ending[task] = one
         task.add_done_callback(self._ending.pop)
 
@@ -223,8 +270,9 @@ class Serving:
         """At once: who asked loses it, as with the front itself."""
         for task in self._ending:
             task.cancel()
-        left = [*self._hosts.values(), *self._ending.values()]
-        await asyncio.gather(*(one.app.cleanup() for one in left), return_exceptions=True)
+        left = [*self._hosts.values(), *(one.wire for one in self._reached.values()), *self._ending.values()]
+        ends = (one.stop() if isinstance(one, Wire) else one.app.cleanup() for one in left)
+        await asyncio.gather(*ends, return_exceptions=True)
 
 
 def midnight() -> float:

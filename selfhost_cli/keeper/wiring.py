@@ -15,7 +15,7 @@ from selfhost_cli.ledger import Ledger
 from selfhost_cli.model import Endpoint, Rental
 from selfhost_cli.providers import Provider
 from selfhost_cli.proxy.cache.cache import Cache
-from selfhost_cli.remote import ssh, tunnel
+from selfhost_cli.remote import openssh, ssh, tunnel
 
 log = logging.getLogger("selfhost.keeper")
 
@@ -24,6 +24,11 @@ def open_line(settings: Settings, rental: Rental, endpoint: Endpoint, sock: sock
     """Log in to a rental's box, and forward to its proxy once that has a port. Raises NotYet and NotSetUp."""
     remote = ssh.log_in(sock, endpoint, rental.host_keys, settings.paths.login_key)
     return remote if rental.proxy_port is None else tunnel.Tunnel(remote, rental.proxy_port)
+
+
+def forward(settings: Settings, destination: str, port: int, remote_port: int) -> list[str]:
+    """The program that brings a port of a machine of one's own here."""
+    return openssh.forward(destination, settings.ssh_config, port, remote_port)
 
 
 def provider(settings: Settings) -> Provider:

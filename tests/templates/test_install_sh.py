@@ -392,6 +392,19 @@ def test_apt_is_asked_for_what_is_missing_and_only_then(ready: Box) -> None:
     assert calls.read_text() == "update\ninstall -y --no-install-recommends ca-certificates curl\n"
 
 
+def test_on_a_machine_of_ones_own_apt_is_not_asked_even_by_root(ready: Box) -> None:
+    calls = ready.path / "apt"
+    ready.tool("apt-get", f'#!/bin/sh\necho "$*" >>{calls}\n')
+    ready.tool("id", "#!/bin/sh\necho 0\n")
+    settings = ready.dir / "run/install.env"
+    settings.write_text(settings.read_text() + "SELFHOST_PACKAGES='no'\n")
+    (ready.tools / "curl").unlink()
+    code, events, _ = install(ready)
+    assert code == 1
+    assert failed(events).text.startswith("missing on this box: curl")
+    assert not calls.exists()
+
+
 def test_run_by_hand_from_a_checkout_it_packs_the_proxy_once_there_is_a_python(box: Box, mirror: Files) -> None:
     checkout, python = box.path / "checkout", (box.tools / "python3").read_text()
     box.put_parts()

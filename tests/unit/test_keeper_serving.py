@@ -27,6 +27,10 @@ NO_BOX = Away("gone", "no box is rented: run `selfhost up`", 15)
 ASKED = {"max_tokens": 16, "stream": True, "messages": [{"role": "user", "content": "hi"}]}
 
 
+def no_way(destination: str, port: int, remote_port: int) -> list[str]:
+    raise AssertionError(destination)
+
+
 class House:
     """A front over the chosen backends, as the keeper has it."""
 
@@ -35,7 +39,9 @@ class House:
         self.vast: Upstream | Away = NO_BOX
         self.used: list[Usage] = []
         self.spent = 0.0
-        self.serving = Serving(settings, lambda: self.vast, lambda backend, since: self.spent, {"SOLD_KEY": KEY})
+        self.serving = Serving(
+            settings, lambda: self.vast, lambda backend, since: self.spent, {"SOLD_KEY": KEY}, no_way
+        )
 
     async def use(self, *names: str) -> None:
         backends.use(self.settings.paths, names)
@@ -209,7 +215,7 @@ class OddEnvironment(dict[str, str]):
 
 @asynchronous
 async def test_what_nobody_thought_of_keeps_one_backend_from_serving_and_not_the_keeper(house: House) -> None:
-    house.serving = Serving(house.settings, lambda: NO_BOX, lambda backend, since: 0.0, OddEnvironment())
+    house.serving = Serving(house.settings, lambda: NO_BOX, lambda backend, since: 0.0, OddEnvironment(), no_way)
     async with service(house, "sold", "I am sold"), house.opened() as ask:
         await house.use("sold")
         async with ask() as answer:
