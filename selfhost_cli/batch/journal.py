@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selfhost_cli.batch.tasks import Task
-from selfhost_cli.errors import UsageError
+from selfhost_cli.errors import SelfhostError, UsageError
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,17 @@ class Journal:
         return [task for task in tasks if (task.id, task.digest) not in self.done]
 
     def keep(self, result: Result) -> None:
-        """A failure too, for people; only an answer counts as done."""
+        """A failure too, for people; only an answer counts as done. Raises SelfhostError when it cannot be written."""
         line = json.dumps(asdict(result), ensure_ascii=False) + "\n"
         view = memoryview(line.encode())
-        while view:
-            view = view[os.write(self._file, view) :]
-        os.fsync(self._file)
+        try:
+            while view:
+                view = view[os.write(self._file, view) :]
+            os.fsync(self._file)
+        except OSError as error:
+            raise SelfhostError(
+                f"{self.path}: {error.strerror}", "Make room there; the same command goes on with the rest."
+            ) from error
         self._note(result)
 
     def _note(self, result: Result) -> None:

@@ -64,9 +64,12 @@ async def run(
         for task in waiting:
             keep(await _answered(http, task, model, max_tokens, sleep))
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(at_once, len(tasks))):
-            group.create_task(work())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(at_once, len(tasks))):
+                group.create_task(work())
+    except ExceptionGroup as several:
+        raise several.exceptions[0] from several
 
 
 async def _answered(http: httpx.AsyncClient, task: Task, model: str, max_tokens: int, sleep: Sleep) -> Result:
@@ -117,7 +120,9 @@ async def _asked(http: httpx.AsyncClient, body: Mapping[str, Any]) -> tuple[str,
         raise _Failed(f"it broke off: {error or type(error).__name__}", 0.0) from error
     if not stop:
         raise _Failed("it ended in the middle", 0.0)
-    return "".join(said), stop, usage
+    # An engine may cut a character in two halves of UTF-16, and only whole ones can be written down.
+    whole = "".join(said).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole, stop, usage
 
 
 def _event(line: str) -> Any:

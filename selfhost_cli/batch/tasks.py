@@ -74,4 +74,8 @@ def _checked(told: dict[str, Any], number: int) -> Task:
         raise UsageError("its system prompt is no text")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise UsageError("its max_tokens is no whole number above zero")
+    try:
+        f"{name}{prompt}{system}".encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("it has half of a character, which nothing can be asked with") from error
     return Task(name, prompt, system, most)

@@ -90,7 +90,7 @@ def _tasks(source: str) -> list[Task]:
             raise UsageError("there are no tasks on stdin", "Name a file, or pipe prompts, one a line.")
         return read(sys.stdin, "stdin")
     try:
-        return read(Path(source).read_text().splitlines(), source)
+        return read(Path(source).read_text().split("\n"), source)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise UsageError(f"{source}: {why}") from error

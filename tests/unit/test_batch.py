@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from selfhost_cli.attach import Front
 from selfhost_cli.batch import run as running
 from selfhost_cli.batch.journal import Journal, Result
 from selfhost_cli.batch.tasks import Task, read
-from selfhost_cli.errors import UsageError
+from selfhost_cli.cli import batch as command
+from selfhost_cli.errors import SelfhostError, UsageError
 from tests.proxy.kit import Json, asynchronous, ended, serving, started, text
 
 # --- tasks ---
@@ -45,12 +47,20 @@ def test_a_line_is_a_prompt_or_an_object() -> None:
         ('{"prompt": "x", "max_tokens": 0}', "max_tokens"),
         ('{"prompt": "x", "max_tokens": true}', "max_tokens"),
         ('{"prompt": "x", "id": ""}', "id"),
+        (r'{"prompt": "\ud83d"}', "half of a character"),
+        (r'{"prompt": "x", "id": "\ud83d"}', "half of a character"),
         ('{"prompt": "x", "id": "1"}', "already"),
     ],
 )
 def test_a_line_that_is_no_task_is_named(line: str, reason: str) -> None:
     with pytest.raises(UsageError, match=f"tasks.jsonl, line 2: .*{reason}"):
         read(["first", line], "tasks.jsonl")
+
+
+def test_a_line_of_a_file_ends_where_a_line_of_stdin_ends(tmp_path: Path) -> None:
+    file = tmp_path / "tasks.txt"
+    file.write_text("one\N{LINE SEPARATOR}prompt\nanother\n")
+    assert [task.prompt for task in command._tasks(str(file))] == ["one\N{LINE SEPARATOR}prompt", "another"]
 
 
 def test_no_tasks_are_an_error() -> None:
@@ -112,6 +122,23 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path, held: str) ->
     with pytest.raises(UsageError):
         Journal(path)
     assert path.read_text() == held
+
+
+def test_a_full_disk_is_told_and_what_it_cut_off_is_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    journal = Journal(path)
+    journal.keep(answered(ONE))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+    try:
+        with pytest.raises(SelfhostError, match=r"results\.jsonl: File too large"):
+            journal.keep(answered(TWO))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    journal.close()
+    again = Journal(path)
+    assert again.left([ONE, TWO]) == [TWO]
+    again.close()
 
 
 # --- asking ---
@@ -195,6 +222,28 @@ async def test_so_many_at_once_and_no_more() -> None:
         made.hold.set()
         await task
     assert made.most == 3
+
+
+@asynchronous
+async def test_what_cannot_be_kept_ends_the_batch_with_its_reason() -> None:
+    def keep(result: Result) -> None:
+        raise SelfhostError("the disk is full")
+
+    async with service() as (_, batch), running.connected(batch.front, "") as http:
+        with pytest.raises(SelfhostError, match="the disk is full"):
+            await running.run(http, [ONE, TWO], model="tiny", max_tokens=50, at_once=2, keep=keep)
+
+
+@asynchronous
+async def test_a_character_that_came_in_halves_is_whole_and_a_half_one_can_be_kept(tmp_path: Path) -> None:
+    async with service() as (made, batch):
+        made.steps["a"] = [[started(), *text("\ud83d", "\ude00"), *ended()]]
+        made.steps["b"] = [[started(), *text("x\ud83d"), *ended()]]
+        results = await batch.run("a", "b")
+    assert [results["a"].text, results["b"].text] == ["\N{GRINNING FACE}", "x\N{REPLACEMENT CHARACTER}"]
+    journal = Journal(tmp_path / "results.jsonl")
+    journal.keep(results["b"])
+    journal.close()
 
 
 @pytest.mark.parametrize("failing", [429, 503, 529, [started(), *text("ye")], [started()], []])
