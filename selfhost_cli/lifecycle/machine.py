@@ -72,8 +72,7 @@ def up(
         _tunnel(front, report)
         real = _healthy(settings, front, report)
     except BaseException:
-        if taken is None:
-            backends.use(paths, before)
+        backends.use(paths, before)
         raise
     finally:
         _tell_keeper(settings)
