@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from aiohttp import web
 from selfhost_cli.proxy.engines.anthropic import AnthropicAPI
 from selfhost_cli.proxy.engines.named import Named
 from selfhost_cli.proxy.engines.openai import OpenAIEngine
+from selfhost_cli.proxy.engines.upstream import way_out
 from selfhost_cli.proxy.rundir import RunDir
 from selfhost_cli.proxy.server import Settings, build_server
 from tests.proxy.kit import TOKEN, Json, Proxy, asynchronous, serving, texts
@@ -169,3 +171,41 @@ async def test_anthropics_own_api_is_asked_in_its_words(tmp_path: Path) -> None:
     assert sent["system"][0]["cache_control"] == {"type": "ephemeral"}
     assert sent["messages"][-1]["content"][-1]["cache_control"] == {"type": "ephemeral"}
     assert "thinking" not in {block["type"] for message in sent["messages"] for block in message["content"]}
+
+
+class Way:
+    """A proxy as companies have them: it notes what it is asked for, and lets nobody through."""
+
+    def __init__(self) -> None:
+        self.asked = ""
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.asked += (await reader.readuntil(b"\r\n\r\n")).decode()
+        writer.write(b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+
+@asynchronous
+async def test_a_service_is_asked_through_the_proxy_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = Way()
+    server = await asyncio.start_server(way, "127.0.0.1", 0)
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    async with server, hosted("https://api.example", tmp_path) as proxy:
+        status, error, _ = await refused(proxy, stream=False)
+    assert status == 529
+    assert "Forbidden" in error["message"]
+    assert way.asked.startswith("CONNECT api.example:443 HTTP/1.1")
+    assert KEY not in way.asked
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000/v1", "http://gpu.lan:8000", "https://inside.example:8443/v1"])
+def test_what_is_near_or_excepted_is_asked_directly(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "inside.example")
+    assert way_out(url) is None
+    assert way_out("https://outside.example") == "http://127.0.0.1:9"

@@ -57,8 +57,9 @@ class Upstream:
         self.name = name
         self._model = model
         self._base_url = base_url
-        headers = self._credentials(key) if key else {}
-        self._kept, self._fresh = _session(headers), _session(headers, force_close=True)
+        # Not as a session's own headers: these would be told a proxy on the way, too.
+        self._headers = {"content-type": "application/json"} | (self._credentials(key) if key else {})
+        self._kept, self._fresh = _session(), _session(force_close=True)
 
     def _credentials(self, key: str) -> dict[str, str]:
         return {"authorization": f"Bearer {key}"}
@@ -111,13 +112,13 @@ class Upstream:
         url = self._base_url() + path
         try:
             try:
-                response = await _sent(self._kept, url, data, timeout)
+                response = await _sent(self._kept, url, data, timeout, self._headers)
             except aiohttp.ClientConnectorError:
                 raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                 # llama.cpp closes the connection after a stream although it promised to keep it (b11549); it has seen
                 # nothing of what was sent behind that
-                response = await _sent(self._fresh, url, data, timeout)
+                response = await _sent(self._fresh, url, data, timeout, self._headers)
         except (aiohttp.ClientError, OSError) as error:
             raise self._down(error) from error
         try:
@@ -140,22 +141,37 @@ class Upstream:
         return EngineDown(f"{self.name} does not answer: {reason_of(error)}")
 
 
-def _session(headers: Mapping[str, str], *, force_close: bool = False) -> aiohttp.ClientSession:
+def _session(*, force_close: bool = False) -> aiohttp.ClientSession:
     connector = aiohttp.TCPConnector(limit=0, force_close=force_close)
-    return aiohttp.ClientSession(connector=connector, read_bufsize=READ_AHEAD, headers=headers)
+    return aiohttp.ClientSession(connector=connector, read_bufsize=READ_AHEAD)
 
 
 async def _sent(
-    session: aiohttp.ClientSession, url: str, data: bytes | None, timeout: aiohttp.ClientTimeout
+    session: aiohttp.ClientSession,
+    url: str,
+    data: bytes | None,
+    timeout: aiohttp.ClientTimeout,
+    headers: Mapping[str, str],
 ) -> aiohttp.ClientResponse:
     return await session.request(
         "GET" if data is None else "POST",
         url,
         data=upload(data),
-        headers={"content-type": "application/json"},
+        headers=headers,
         timeout=timeout,
         allow_redirects=False,  # neither the key nor a prompt goes to a host that nobody named
+        proxy=way_out(url),
     )
+
+
+def way_out(url: str) -> str | None:
+    """The proxy of the environment, for what it cannot read: it is asked for a tunnel to a server that speaks TLS."""
+    if not url.startswith("https:"):
+        return None  # an engine of this machine, or of a network that somebody trusts
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies, proxy_bypass
+
+    return None if proxy_bypass(urlsplit(url).netloc) else getproxies().get("https")
 
 
 @dataclass(frozen=True)
