@@ -142,7 +142,7 @@ class _Keeper:
             self._note_traffic()
             self._relink()
             self._note_links()
-            self._prewarming.tick(self._reached())
+            self._prewarming.tick([*self._reached(), *self._serving_now.machines()])
             self._end_what_nobody_uses()
             self._warn()
         except SelfhostError as error:

@@ -213,6 +213,11 @@ class Serving:
         one = self._hosts[name]
         return Upstream(one.url, one.token, backend.label, backend.name)
 
+    def machines(self) -> list[Upstream]:
+        """Those of one's own that are reached: what runs there is ours, and reads ahead what it is told."""
+        found = (self._target(one.backend) for one in self._reached.values())
+        return [one for one in found if isinstance(one, Upstream)]
+
     def failed(self, target: Upstream, why: str) -> bool:
         """A service could not be had: where there is another one, that is asked for a while.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,6 +71,8 @@ def up(
     try:
         front = attach.ensure(settings)
         _tunnel(front, report)
+        wished = {"directory": os.getcwd(), "model": backend.model, "context": backend.context}
+        attach.call(front, "prewarm", wished)
         real = _healthy(settings, front, report)
     except BaseException:
         backends.use(paths, before)

@@ -8,13 +8,16 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
+from selfhost_cli import attach
 from selfhost_cli.model import BoxSpec, BoxState, Need
 from selfhost_cli.providers.vast import VastProvider
 from selfhost_cli.remote.ssh import make_key
 from selfhost_cli.sandbox import demo
 from tests.e2e.stage import Stage
+from tests.e2e.test_prewarm import first_turn
 from tests.integration.conftest import Box
 from tests.integration.test_openssh import configure
 from tests.waiting import until
@@ -100,6 +103,26 @@ def test_what_another_installation_has_there_is_left_alone(stage: Stage, own: Bo
     assert "down --ssh own --wipe" in said
     assert there.read_text() == "SELFHOST_TOKEN='of somebody else'\n"
     assert [row["name"] for row in stage.ask("use", "--json").json] == ["vast"]
+
+
+def test_its_first_turn_is_read_ahead(stage: Stage, own: Box, tmp_path: Path) -> None:
+    stage.ask("up", "--ssh", "own", "--detach", cwd=tmp_path)
+    total, reused = first_turn(stage, "Say hi.", tmp_path)
+    assert reused < 100 < total
+    stage.ask("down", "--ssh", "own")
+    stage.ask("up", "--ssh", "own", "--detach", cwd=tmp_path)
+
+    def warm() -> bool:
+        front = attach.find(stage.paths)
+        assert front
+        headers = {"authorization": f"Bearer {front.token}"}
+        told = httpx.get(f"{front.url}/health", headers=headers, trust_env=False).json()
+        return bool(told["box"]["prefix"]["state"] == "warm")
+
+    until(warm, seconds=60)
+    total, reused = first_turn(stage, "Say hello.", tmp_path)
+    assert total - reused < 50
+    stage.ask("down", "--ssh", "own", "--wipe")
 
 
 def test_a_killed_keeper_leaves_no_tunnel(stage: Stage, own: Box) -> None:
