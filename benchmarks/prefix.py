@@ -1,6 +1,6 @@
 """How much of every prompt the engine need not read again: a session of the real Claude Code, raw and through us.
 
-    .venv/bin/python benchmarks/prefix.py [--json] [--cache DIR]
+    .venv/bin/python benchmarks/prefix.py [--json] [--cache DIR] [--ollama]
 
 The session is recorded first, against scripted answers: turns, tool calls, a second conversation, a subagent, a
 compaction. Then the recorded requests go to llama.cpp's real server with a small model, each way to a fresh one with
@@ -9,6 +9,9 @@ the proxy too, recorded anew from a Claude Code that `selfhost claude` launched.
 
 A prompt's shared tokens are its longest common prefix with any earlier prompt of the same way, as the server itself
 rendered them. Of these, the share that it reused is the goal; what it had to read in all is the price.
+
+With --ollama the two ways through the proxy go to the real Ollama (built by scripts/ollama) instead. It says itself how
+much it reused, and the prompts are those that the proxy sends it, counted by llama.cpp's server with the same model.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from losses import child, engine_python, say, wait_for
 
 import selfhost_cli
 from selfhost_cli import claude, config
-from selfhost_cli.sandbox import assets, demo
+from selfhost_cli.sandbox import assets, demo, registry
 
 Json = dict[str, Any]
 
@@ -109,11 +112,15 @@ class Way:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print a list of figures")
+    parser.add_argument("--ollama", action="store_true", help="the real Ollama as engine")
     parser.add_argument("--cache", type=Path, default=config.paths("default", os.environ).cache)
     options = parser.parse_args()
     made = assets.ensure(options.cache, lambda line: None)
     with tempfile.TemporaryDirectory(prefix="selfhost-prefix-") as place:
-        ways = measure(Path(place), made)
+        if options.ollama:
+            ways = measure_ollama(Path(place), made, options.cache / "ollama" / "current" / "bin" / "ollama")
+        else:
+            ways = measure(Path(place), made)
     print(as_json([figure for way in ways for figure in way.figures()]) if options.json else table(ways))
 
 
@@ -131,6 +138,25 @@ def measure(place: Path, made: assets.Assets) -> list[Way]:
             else:
                 with proxied(folder, server) as proxy:
                     ways.append(replay(name, requests, proxy, server))
+    return ways
+
+
+def measure_ollama(place: Path, made: assets.Assets, program: Path) -> list[Way]:
+    if not program.exists():
+        sys.exit(f"{program} is not there: build it with scripts/ollama")
+    store = registry.prepare(place / "models", program, made.model, MODEL, registry.MODELFILE)
+    ways = []
+    counter = place / "counter"
+    counter.mkdir()
+    with engine(counter, engine_python(place, made), made.model) as tokenizer:
+        for name, launched in (("ours", False), ("launched", True)):
+            requests = record(place / name, made.claude, launched=launched)
+            folder = place / f"engine-{name}"
+            folder.mkdir()
+            with ollama(folder, program, store) as server, Listening(server) as listening:
+                (folder / "engine.port").write_text(listening.url.rpartition(":")[2])
+                with proxied(folder, server, "ollama") as proxy:
+                    ways.append(replay_ollama(name, requests, proxy, listening, tokenizer))
     return ways
 
 
@@ -333,6 +359,79 @@ def replay(name: str, requests: Sequence[Recorded], way: str, server: str) -> Wa
     return Way(name, replayed)
 
 
+def replay_ollama(name: str, requests: Sequence[Recorded], way: str, listening: Listening, tokenizer: str) -> Way:
+    """Like `replay`, with Ollama's own word for what it reused."""
+    before: list[list[int]] = []
+    replayed = []
+    for number, request in enumerate(requests, 1):
+        headers = {"authorization": f"Bearer {TOKEN}", CLASS: request.cls}
+        body = request.body | {"max_tokens": ANSWER_TOKENS, "stream": False}
+        listening.heard.clear()
+        answer = httpx.post(f"{way}/v1/messages", json=body, headers=headers, timeout=300, trust_env=False)
+        if not listening.heard:
+            sys.exit(f"{name} {number}: {answer.status_code} {answer.text[:300]}")
+        chat, end = listening.heard[0]
+        total, reused = end["prompt_eval_count"], end.get("prompt_eval_cached_count", 0)
+        tokens = tokenized(tokenizer, as_rendered(listening.server, chat))
+        if len(tokens) != total:
+            sys.exit(f"{name} {number}: Ollama counts {total} tokens of a prompt that has {len(tokens)}")
+        shared = max((common(tokens, other) for other in before), default=0)
+        before.append(tokens)
+        replayed.append(Replayed(len(tokens), shared, reused))
+        say(f"{name} {number:2} {request.step}, {request.cls}: {len(tokens)} tokens, {shared} shared, {reused} reused")
+    return Way(name, replayed)
+
+
+def as_rendered(server: str, chat: Json) -> str:
+    """The prompt that Ollama makes of it; nothing is generated."""
+    asked = chat | {"stream": False, "_debug_render_only": True}
+    answer = httpx.post(f"{server}/api/chat", json=asked, timeout=60, trust_env=False)
+    prompt: str = answer.raise_for_status().json()["_debug_info"]["rendered_template"]
+    return prompt
+
+
+class Listening:
+    """Between proxy and Ollama: passes everything on, and keeps each chat with the last record of its answer."""
+
+    def __init__(self, server: str) -> None:
+        self.server = server
+        self.heard: list[tuple[Json, Json]] = []
+        listening = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._pass_on(b"")
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                self._pass_on(body)
+
+            def _pass_on(self, body: bytes) -> None:
+                url = f"{server}{self.path}"
+                with httpx.stream(self.command, url, content=body, timeout=300, trust_env=False) as answer:
+                    self.send_response(answer.status_code)
+                    self.send_header("content-type", answer.headers.get("content-type", "application/json"))
+                    self.end_headers()
+                    for line in answer.iter_lines():
+                        if self.path == "/api/chat" and "prompt_eval_count" in (record := json.loads(line)):
+                            listening.heard.append((json.loads(body), record))
+                        self.wfile.write(f"{line}\n".encode())
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Listening:
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
 def counters(server: str) -> tuple[int, int]:
     """Tokens of prompts that the engine read, and that it reused, since it began."""
     page = httpx.get(f"{server}/metrics", timeout=30, trust_env=False).raise_for_status().text
@@ -377,9 +476,24 @@ def engine(folder: Path, python: Path, model: Path, context: int = CONTEXT) -> I
 
 
 @contextmanager
-def proxied(folder: Path, server: str) -> Iterator[str]:
+def ollama(folder: Path, program: Path, store: Path) -> Iterator[str]:
+    """Set up as a box has it, see templates/ollama.py."""
+    env = {"PATH": os.defpath, "HOME": str(folder), "OLLAMA_HOST": "127.0.0.1:0", "OLLAMA_MODELS": str(store)}
+    env |= {"OLLAMA_CONTEXT_LENGTH": str(CONTEXT), "OLLAMA_NUM_PARALLEL": "1", "OLLAMA_KEEP_ALIVE": "-1"}
+    env |= {"OLLAMA_NO_CLOUD": "1", "OLLAMA_NOPRUNE": "1", "OLLAMA_FLASH_ATTENTION": "1"}
+    log = folder / "ollama.log"
+    with child([str(program), "serve"], env, log):
+        wait_for(lambda: "Listening on " in log.read_text(errors="replace"), 60)
+        server = "http://" + log.read_text(errors="replace").partition("Listening on ")[2].split()[0]
+        load = {"model": MODEL, "keep_alive": -1, "stream": False, "shift": False}
+        httpx.post(f"{server}/api/generate", json=load, timeout=120, trust_env=False).raise_for_status()
+        yield server
+
+
+@contextmanager
+def proxied(folder: Path, server: str, kind: str = "llamacpp") -> Iterator[str]:
     """The engine side as a box starts it, beside that engine's port file."""
-    env = {"PATH": os.defpath, "SELFHOST_TOKEN": TOKEN, "SELFHOST_MODEL": MODEL, "SELFHOST_ENGINE": "llamacpp"}
+    env = {"PATH": os.defpath, "SELFHOST_TOKEN": TOKEN, "SELFHOST_MODEL": MODEL, "SELFHOST_ENGINE": kind}
     command = [sys.executable, "-m", "selfhost_cli.proxy", "--run-dir", str(folder), "--port", "0"]
     with child(command, env, folder / "proxy.log"):
         wait_for((folder / "ready").exists)

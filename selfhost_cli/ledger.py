@@ -125,9 +125,10 @@ class Ledger:
                 self._note(db, "", "complete", "")
 
     def intend(self, rental: Rental) -> None:
-        """Commit the intent, before the paid call. Raises Superseded while another rental is unfinished."""
+        """Commit the intent, before the paid call. Raises Superseded while another one is neither ready nor ended."""
         with self._transaction() as db:
-            other = db.execute("SELECT label FROM rentals WHERE state != ?", (State.ENDED,)).fetchone()
+            over = (State.ENDED, State.READY)
+            other = db.execute("SELECT label FROM rentals WHERE state NOT IN (?, ?)", over).fetchone()
             if other:
                 raise Superseded(f"rental {other[0]} is not finished", "Run `selfhost status`.")
             db.execute(

@@ -34,18 +34,30 @@ class Status:
     so_far: Invoice
     ends: tuple[Countdown, ...]
     unwatched_s: float | None
+    sessions: int | None = None
+    """Conversations that were on this box in the last minutes; None where there is one box, or the keeper is away."""
 
 
 def look(settings: Settings, ledger: Ledger, *, now: float) -> list[Status]:
     """Every rental that may cost money. Asks the keeper when it runs, never the market, and starts nothing."""
     front = attach.find(settings.paths)
     saved = caching.saved(settings) if (live := ledger.live()) else {}
-    return [_status(rental, front, ledger, saved.get(rental.label), now) for rental in live]
+    boxes = _ask_boxes(front) if front and len(live) > 1 else None
+    return [_status(rental, front, boxes, ledger, saved.get(rental.label), now) for rental in live]
 
 
-def _status(rental: Rental, front: Front | None, ledger: Ledger, saved: Saved | None, now: float) -> Status:
-    tunnel, reason = _tunnel(rental, front)
-    box = _ask_box(front) if front and tunnel in ("up", "degraded") else {}
+def _status(
+    rental: Rental,
+    front: Front | None,
+    boxes: dict[str, Any] | None,
+    ledger: Ledger,
+    saved: Saved | None,
+    now: float,
+) -> Status:
+    tunnel, reason, sessions = _tunnel(rental, front)
+    box: dict[str, Any] = {}
+    if front and tunnel in ("up", "degraded"):
+        box = _ask_box(front) if boxes is None else boxes.get(rental.label, {})
     so_far = invoice(rental, ledger.usage(rental.label), now=now, saved=saved)
     watch = box.get("watchdog")
     measured = countdown.read(watch) if isinstance(watch, dict) else None
@@ -55,23 +67,43 @@ def _status(rental: Rental, front: Front | None, ledger: Ledger, saved: Saved | 
         ends = countdown.countdowns(rental, measured, now=now)
     unwatched = watch.get("age_s") if isinstance(watch, dict) and measured else None
     age = float(unwatched) if isinstance(unwatched, int | float) else None
-    return Status(rental, tunnel, reason, front.url if front else "", box, so_far, ends, age)
+    return Status(
+        rental,
+        tunnel,
+        reason,
+        front.url if front else "",
+        box,
+        so_far,
+        ends,
+        age,
+        sessions if boxes is not None else None,
+    )
 
 
-def _tunnel(rental: Rental, front: Front | None) -> tuple[str, str]:
+def _tunnel(rental: Rental, front: Front | None) -> tuple[str, str, int | None]:
     if front is None:
         ready = "it starts with the next `selfhost claude`"
         unready = "nobody looks after it: `selfhost up` goes on with it, `selfhost down` ends it"
-        return "no keeper", ready if rental.state is State.READY else unready
+        return "no keeper", ready if rental.state is State.READY else unready, None
     try:
         answer = attach.call(front, "state")
     except SelfhostError as error:
-        return "no answer", error.message
+        return "no answer", error.message, None
     rows = answer.get("rentals")
     for row in rows if isinstance(rows, list) else []:
         if isinstance(row, dict) and row.get("label") == rental.label:
-            return str(row.get("state")), str(row.get("reason", ""))
-    return "not watched", ""
+            sessions = row.get("sessions")
+            return str(row.get("state")), str(row.get("reason", "")), sessions if isinstance(sessions, int) else None
+    return "not watched", "", None
+
+
+def _ask_boxes(front: Front) -> dict[str, Any]:
+    """What each says of itself, by its label; nothing from a keeper of a version that had one."""
+    try:
+        told = attach.call(front, "boxes")
+    except SelfhostError:
+        return {}
+    return {label: health for label, health in told.items() if isinstance(health, dict)}
 
 
 def _ask_box(front: Front) -> dict[str, Any]:

@@ -139,6 +139,10 @@ def up(
         int | None, typer.Option(help="Rent this number of the ranking shown last, and no other.", show_default=False)
     ] = None,
     unguarded: Annotated[bool | None, _setting("unguarded", "--unguarded")] = None,
+    boxes: Annotated[
+        int | None,
+        typer.Option(min=1, max=99, help="So many boxes; --max-spend is for all together.", show_default=False),
+    ] = None,
     machine: Annotated[
         str,
         typer.Option("--ssh", help="Rent nothing: install on this machine of your own.", metavar="USER@HOST"),
@@ -193,13 +197,17 @@ def up(
     with _signals_interrupt(), progress.Talk(trace=trace) as talk, wiring.world(settings, talk) as world:
         if remark := old_variables.remark(os.environ, settings.paths.state):
             words.say(words.in_profile(f"selfhost: {remark}", settings.profile))
-        rental = lifecycle.up(dataclasses.replace(world, pick=wanted), confirm, needs_claude=launch)
+        world = dataclasses.replace(world, pick=wanted)
+        rentals = lifecycle.up_all(world, confirm, boxes or 1, needs_claude=launch)
         url = world.keeper.start().url
         talk.settle()
         if json:  # in here: where it cannot be written, a box is billed
-            render.as_json({"rental": rental, "url": url} | ({"trace": talk.trace()} if trace else {}))
+            told: dict[str, Any] = {"rental": rentals[0], "url": url}
+            told |= {"boxes": rentals} if len(rentals) > 1 else {}
+            render.as_json(told | ({"trace": talk.trace()} if trace else {}))
         else:
-            render.ready(rental, url)
+            for rental in rentals:
+                render.ready(rental, url)
     if launch:
         launching.claude(settings.profile, claude_args or [])
 

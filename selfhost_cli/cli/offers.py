@@ -89,6 +89,15 @@ def plan(value: Plan) -> None:
     _print(render.err, table)
 
 
+def _several(value: Plan) -> list[tuple[str, str]]:
+    if value.boxes == 1:
+        return []
+    each, together = value.caps.max_dollars, value.caps.max_dollars * value.boxes
+    most = value.boxes * value.ceiling
+    said = f"{value.boxes}, one after the other; at most ${most:.2f}/h and ${together:.2f} in all, ${each:.2f} each"
+    return [("boxes", f"{said}. What follows is of one")]
+
+
 def _lines(value: Plan) -> list[tuple[str, str]]:
     best, offer, caps = value.best, value.best.offer, value.caps
     card = f"{offer.gpu}{', simulated' if value.simulated else ''}, {offer.gpu_ram_mb / 1024:.0f} GB"
@@ -100,6 +109,7 @@ def _lines(value: Plan) -> list[tuple[str, str]]:
     else:
         then = "no other one is tried"
     return [
+        *_several(value),
         (
             "card",
             _in_a_line(f"{card}, in {offer.place or 'an unknown place'}, reliability {offer.reliability:.3f}{number}"),

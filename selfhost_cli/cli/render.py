@@ -187,6 +187,7 @@ def status_rows(value: state.Status) -> Sequence[tuple[str, str]]:
     return (
         ("box", escape(f"{rental} in {rental.place}, {rental.state}")),
         ("engine", escape(_engine(value))),
+        *([("conversations", str(value.sessions))] if value.sessions is not None else []),
         ("tunnel", escape(f"{value.tunnel} {value.reason}".strip() + (f", {value.url}" if value.url else ""))),
         ("proxy", escape(str(value.box.get("status") or "not asked"))),
         *([("prefix", escape(told))] if (told := _prefix(value.box.get("prefix"))) else []),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 
 from selfhost_cli import attach, claude, config, lifecycle, models
 from selfhost_cli.attach import Front
@@ -45,6 +46,7 @@ def world(
                 find_claude=lambda: claude.find(settings.claude, environment),
                 find_model=lambda: models.size(settings.model, settings.registry),
                 find_shape=lambda: _shape(settings),
+                spreads=lambda: find_spec("vllm_router") is not None,
                 report=report,
             )
     finally:
@@ -129,7 +131,8 @@ def _billing_headline(settings: Settings, ledger: Ledger) -> Iterator[None]:
             raise
         live = ledger.live()
         if live:
-            what = f"{live[0]} is {live[0].state} and"
+            more = f" and {len(live) - 1} more" if len(live) > 1 else ""
+            what = f"{live[0]}{more} is {live[0].state} and"
         elif ledger.broken or (config.installed(settings.paths) and not ledger.vouches()):
             what = "what the ledger knew is lost, and a box of this installation"
         else:

@@ -21,7 +21,8 @@ from selfhost_cli import __version__, attach, backends, config, countdown, invoi
 from selfhost_cli.backends import Backend
 from selfhost_cli.config import Settings
 from selfhost_cli.errors import SelfhostError, plain
-from selfhost_cli.keeper import wiring
+from selfhost_cli.keeper import router, wiring
+from selfhost_cli.keeper.boxes import Boxes
 from selfhost_cli.keeper.deadlines import LAST_TRIES_S, Deadlines, Watch, Work, outlived
 from selfhost_cli.keeper.links import Line, Link, LinkState
 from selfhost_cli.keeper.log import Log
@@ -85,6 +86,7 @@ class _Keeper:
         self._notice = Notice(settings.paths, settings.profile)
         self._prewarming = Prewarming(settings)
         self._serving_now = Serving(settings, self._box, self._spent, os.environ, partial(wiring.forward, settings))
+        self._boxes = Boxes(self._reached, router.words if router.there() else None)
         self._probing = 0
         self._began = time.monotonic()
         self._stop = asyncio.Event()
@@ -113,6 +115,7 @@ class _Keeper:
             for link in self._links.values():
                 link.stop()
             await self._serving_now.stop()
+            await self._boxes.stop()
             await runner.cleanup()
             self._worker.shutdown(wait=False, cancel_futures=True)
             log.info("keeper ends")
@@ -122,6 +125,7 @@ class _Keeper:
         while not self._stop.is_set():
             self._tick()
             await self._serving_now.tick()
+            await self._boxes.tick([rental.label for rental in self._rentals if rental.state is State.READY])
             if self._needed():
                 idle_since = time.monotonic()
             elif time.monotonic() - idle_since > IDLE_EXIT_S:
@@ -266,12 +270,17 @@ class _Keeper:
                 "prewarm": self._control_prewarm,
                 "use": self._control_use,
                 "contexts": self._control_contexts,
+                "boxes": self._control_boxes,
                 "test": self._control_test,
             },
             cache=wiring.cache(self._settings, self._serving),
             on_main=self._prewarming.heard,
             on_failed=self._serving_now.failed,
+            assign=self._assign,
         )
+
+    async def _assign(self, target: front.Upstream, session: str, avoid: front.Upstream | None) -> front.Upstream:
+        return await self._boxes.assign(target, session, avoid) if target.backend == backends.VAST else target
 
     def _serving(self) -> str:
         """The label of the box that answers, or did until it was lost."""
@@ -314,6 +323,7 @@ class _Keeper:
             log.error("%s", error.message)
 
     def _status(self) -> dict[str, object]:
+        sessions = self._boxes.sessions()
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -325,6 +335,7 @@ class _Keeper:
                     "rental": rental.state,
                     "state": link.state if (link := self._links.get(rental.label)) else "waiting for box",
                     "reason": link.reason if link else "",
+                    "sessions": sessions[rental.label],
                 }
                 for rental in self._rentals
             ],
@@ -357,6 +368,10 @@ class _Keeper:
 
     async def _control_contexts(self, _: dict[str, object]) -> dict[str, object]:
         return dict(await self._serving_now.contexts())
+
+    async def _control_boxes(self, _: dict[str, object]) -> dict[str, object]:
+        """What each box that is reached says of itself, by its label."""
+        return await self._boxes.healths()
 
     async def _control_test(self, told: dict[str, object]) -> dict[str, object]:
         """Ask the backend `name` for a token, with `key`, whether it is in use or not."""

@@ -149,7 +149,7 @@ class Serving:
             elif name not in self._reached:
                 self._trouble.pop(name, None)
                 words = functools.partial(self._words, backend, machine)
-                self._reached[name] = _Reached(backend, machine, Wire(name, words))
+                self._reached[name] = _Reached(backend, machine, Wire(f"the tunnel to {name}", words))
 
     def _words(self, backend: Backend, machine: Machine, port: int) -> Sequence[str]:
         return self._forward(backend.url, port, machine.port)

@@ -1,4 +1,4 @@
-"""The tunnel to a machine of one's own: OpenSSH's program, started again whenever it ends."""
+"""A program that makes a local port lead somewhere, the tunnel to a machine of one's own say: kept running."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from selfhost_cli.proxy.front import Away
 
 LOOK_S = 0.1
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
+END_S = 1.0
 REASON = 200
 """Characters of what it said, at most."""
 
@@ -19,7 +20,10 @@ log = logging.getLogger("selfhost.keeper")
 
 
 class Wire:
-    """Make it inside the event loop. `words`: what forwards a port of this machine for as long as its stdin is open."""
+    """Make it inside the event loop. `words`: what listens on a port of this machine for as long as its stdin is open.
+
+    `name` in words, for the log.
+    """
 
     def __init__(self, name: str, words: Callable[[int], Sequence[str]]) -> None:
         self.port: int | None = None
@@ -63,7 +67,7 @@ class Wire:
 
     async def _once(self) -> bool:
         """From its start to its end; whether anything got through."""
-        port = _free_port()
+        port = free_port()
         process = await asyncio.create_subprocess_exec(
             *self._words(port), stdin=PIPE, stdout=DEVNULL, stderr=PIPE, start_new_session=True
         )
@@ -75,21 +79,31 @@ class Wire:
             opened = process.returncode is None
             if opened:
                 self.port, self.reason = port, ""
-                log.info("backend %s: the tunnel is up", self._name)
+                log.info("%s is up", self._name)
             await process.wait()
-            self._tell(await heard or f"ssh ended with status {process.returncode}")
+            self._tell(await heard or f"it ended with status {process.returncode}")
             return opened
         finally:
             self.port = self._process = None
             heard.cancel()
             if process.returncode is None:
-                process.kill()
-                await process.wait()
+                await _end(process)
 
     def _tell(self, why: str) -> None:
         if why != self.reason and not self._ending:
-            log.warning("backend %s: %s", self._name, why)
+            log.warning("%s: %s", self._name, why)
         self.reason = why
+
+
+async def _end(process: Process) -> None:
+    assert process.stdin
+    process.stdin.close()
+    try:
+        async with asyncio.timeout(END_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
 
 
 async def _last_line(process: Process) -> str:
@@ -110,6 +124,6 @@ async def _listens(port: int) -> bool:
     return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as found:
         return int(found.getsockname()[1])

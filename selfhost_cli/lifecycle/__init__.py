@@ -11,15 +11,16 @@ the ledger says. The rules that keep people from paying for a lost machine:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from selfhost_cli.config import Source
+from selfhost_cli.config import Settings, Source
 from selfhost_cli.errors import (
     BoxFailed,
     MarketError,
     MayBeBilling,
     NothingToRent,
+    NotSetUp,
     OfferGone,
     SelfhostError,
     Superseded,
@@ -47,6 +48,14 @@ SILENCES, SILENCE_S = 3, 120.0
 
 def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = True) -> Rental:
     """Bring a ready box up: resume or reuse what is already paid for, else rent. Returns the READY rental."""
+    return up_all(world, confirm, 1, needs_claude=needs_claude)[0]
+
+
+def up_all(world: World, confirm: Callable[[Plan], bool], boxes: int, *, needs_claude: bool = True) -> list[Rental]:
+    """Bring so many ready boxes up: resume or reuse what is already paid for, rent what is missing.
+
+    One after the other, so that never more than one is neither ready nor over. Returns the READY ones, oldest first.
+    """
     lock = ProcessLock(world.settings.paths.up_lock)
     if not lock.acquire():
         raise UsageError(
@@ -57,21 +66,69 @@ def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = Tr
         # Held from here on, so that a `down` which begins now ends us before it proves that nothing is left.
         if ProcessLock(world.settings.paths.down_lock).holder() is not None:
             raise UsageError("a `selfhost down` of this profile is running", "Run `selfhost up` again when it is done.")
+        if boxes > 1:
+            _check_spreading(world)
         account = preflight(world, needs_claude=needs_claude)
-        rental = _unfinished(world, account)
-        if rental is None:
-            plan = make_plan(world, account)
+        live = _unfinished(world, account)
+        missing = max(0, boxes - len(live))
+        for rental in live:
+            _check_wishes(world, rental, alone=len(live) == 1 and not missing)
+            if missing:
+                _check_alike(world, rental)
+        ready = [_attach(world, rental) for rental in live if rental.state is State.READY]
+        for rental in live:
+            if rental.state is not State.READY:
+                ready.append(_guarded(world, lambda unready=rental: advance(world, unready), spared=ready))  # type: ignore[misc]
+        if missing:
+            plan = make_plan(world, account, missing)
             if not confirm(plan):
                 raise SelfhostError("nothing was rented")
-            return _rent(world, plan)
-        _check_wishes(world, rental)
-        if rental.state is State.READY:
-            return _attach(world, rental)
-        return _guarded(world, lambda: advance(world, rental))
+            ready += _rent_all(world, plan, ready)
+        return ready
 
 
-def _unfinished(world: World, account: Account) -> Rental | None:
-    """The rental to go on with, after those that were to end have been ended."""
+def _check_spreading(world: World) -> None:
+    if world.pick:
+        raise UsageError("--pick is for one box", "Leave it out, or --boxes.")
+    if not world.spreads():
+        raise NotSetUp(
+            "several boxes take vllm-router, which says on which of them a conversation stays; it is not installed",
+            "Install it with `pip install 'selfhost-cli[boxes]'`.",
+        )
+
+
+def _check_alike(world: World, rental: Rental) -> None:
+    """A conversation may move from one to another: all serve the same."""
+    wish = world.settings
+    same = (wish.model, wish.engine) == (rental.model, rental.engine)
+    if not same or wish.context not in (rental.context, rental.context_asked):
+        raise UsageError(
+            f"{rental} serves {rental.model} with {rental.context} tokens, and another box would serve {wish.model} "
+            f"with {wish.context}",
+            "All boxes of a profile serve the same: pass what it serves, or `selfhost down` first.",
+        )
+
+
+def _rent_all(world: World, plan: Plan, ready: list[Rental]) -> list[Rental]:
+    """Those of the plan. The later ones are chosen anew, within what was confirmed."""
+    made: list[Rental] = []
+    for number in range(plan.boxes):
+        if number:
+            world.report(Event("rent", "note", f"box {number} of {plan.boxes} serves; the next one"))
+            found = make_plan(replace(world, settings=_rest(world, plan)))
+            plan = replace(found, ceiling=plan.ceiling, caps=plan.caps, boxes=plan.boxes)
+        made.append(_rent(world, plan, [*ready, *made]))
+    return made
+
+
+def _rest(world: World, plan: Plan) -> Settings:
+    """What is left of the cap for the sum: the next one's share of it was confirmed."""
+    held = sum(rental.caps.max_dollars for rental in world.ledger.live())
+    return replace(world.settings, max_spend=held + plan.caps.max_dollars)
+
+
+def _unfinished(world: World, account: Account) -> list[Rental]:
+    """The rentals to go on with, after those that were to end have been ended."""
     lost, began = lost_ledger(world), world.clock.monotonic()
     check_market(world, world.ledger.live(), account)
     for rental in world.ledger.live():
@@ -107,12 +164,14 @@ def _unfinished(world: World, account: Account) -> Rental | None:
     for rental in live:
         if rental.state is State.READY:
             settle(world, rental, account, listed)
-    live = world.ledger.live()
-    return live[0] if live else None
+    return world.ledger.live()
 
 
-def _check_wishes(world: World, rental: Rental) -> None:
-    """A flag that asks for something other than what is up is an error, and never silently ignored."""
+def _check_wishes(world: World, rental: Rental, *, alone: bool = True) -> None:
+    """A flag that asks for something other than what is up is an error, and never silently ignored.
+
+    Not `alone`: the cap in dollars is for the sum.
+    """
     wish, caps, port = world.settings, rental.caps, world.keeper.start().port
     if world.pick and world.pick.machine_id != rental.machine_id:
         raise UsageError(
@@ -130,7 +189,7 @@ def _check_wishes(world: World, rental: Rental) -> None:
         "engine": (wish.engine == rental.engine, rental.engine),
         "disk": (wish.disk == rental.disk_gb, f"{rental.disk_gb or '?'} GB of disk"),
         "hours": (round(wish.hours * 3600) == caps.max_s, f"{caps.max_s / 3600:g} h"),
-        "max_spend": (wish.max_spend == caps.max_dollars, f"${caps.max_dollars:g}"),
+        "max_spend": (not alone or wish.max_spend == caps.max_dollars, f"${caps.max_dollars:g}"),
         "idle": (round(wish.idle * 60) == caps.idle_s, f"{caps.idle_s / 60:g} minutes"),
         "port": (wish.port == port, f"port {port}"),
         "attempts": (True, ""),
@@ -147,25 +206,28 @@ def _check_wishes(world: World, rental: Rental) -> None:
             raise UsageError(f"{rental} is up already; {option} cannot change what it has: {what}", remedy)
 
 
-def _guarded(world: World, work: Callable[[], Rental]) -> Rental:
-    """Run a part of `up` that spends money: unless it returns, what it made is destroyed and proven gone."""
+def _guarded(world: World, work: Callable[[], Rental], spared: Sequence[Rental]) -> Rental:
+    """Run a part of `up` that spends money: unless it returns, what it made is destroyed and proven gone.
+
+    `spared`: boxes that are READY, and go on.
+    """
     try:
         return work()
     except Superseded:
         raise  # `down` was faster and ends the box itself
     except BaseException as error:
-        _clean_up(world, error)
+        _clean_up(world, error, {rental.label for rental in spared})
         raise
 
 
-def _clean_up(world: World, cause: BaseException) -> None:
-    """Only called while no box was READY before. Another laptop may share our settings, and so our prefix."""
+def _clean_up(world: World, cause: BaseException, spared: Collection[str]) -> None:
+    """What is not `spared` was never READY. Another laptop may share our settings, and so our prefix."""
     reason = "interrupted" if isinstance(cause, KeyboardInterrupt) else str(cause)
     rentals: list[Rental] = []
     distrust = False
     try:
         try:
-            rentals = world.ledger.live()
+            rentals = [rental for rental in world.ledger.live() if rental.label not in spared]
             for rental in rentals:
                 world.ledger.end(rental.label, reason, blameless=not isinstance(cause, BoxFailed))
             if not rentals:
@@ -173,37 +235,40 @@ def _clean_up(world: World, cause: BaseException) -> None:
         except LedgerBroken as error:
             world.report(Event("down", "note", f"{error.message}; ending what carries our label"))
             distrust = True
-        prove(world, rentals, only=rentals[0].label if len(rentals) == 1 else "", distrust=distrust)
+        these = {rental.label for rental in rentals} if spared and not distrust else None
+        only = rentals[0].label if len(rentals) == 1 and these is None else ""
+        prove(world, rentals, only=only, distrust=distrust, these=these)
     except MayBeBilling as error:
         raise error from cause
     except BaseException as error:
         raise headline(rentals, (), str(error) or "interrupted again while cleaning up") from cause
 
 
-def _rent(world: World, plan: Plan) -> Rental:
+def _rent(world: World, plan: Plan, spared: Sequence[Rental]) -> Rental:
     """One machine after the other until one is READY. What failed is destroyed, and proven gone, before the next."""
     left = plan.attempts
     while True:
         try:
-            return _guarded(world, lambda wanted=plan: advance(world, _take(world, wanted)))  # type: ignore[misc]
+            return _guarded(world, lambda wanted=plan: advance(world, _take(world, wanted)), spared)  # type: ignore[misc]
         except BoxFailed as error:
             left -= 1
             if not left:
                 raise
             world.report(Event("rent", "note", f"{error.message}; it is destroyed, and another machine is tried"))
             world.clock.sleep(PAUSE_S)
-            plan = _again(world, plan, error)
+            plan = _again(world, plan, error, spared)
 
 
-def _again(world: World, confirmed: Plan, cause: BoxFailed) -> Plan:
+def _again(world: World, confirmed: Plan, cause: BoxFailed, spared: Sequence[Rental]) -> Plan:
     """What the market has now, within what was confirmed. Raises NothingToRent, with what the last machine did."""
-    if left := world.provider.instances(world.prefix):
+    labels = {rental.label for rental in spared}
+    if left := [box for box in world.provider.instances(world.prefix) if box.label not in labels]:
         raise headline([], left, "it is listed again after it was proven gone") from cause
     try:
-        plan = make_plan(world)
+        plan = make_plan(replace(world, settings=_rest(world, confirmed)) if spared else world)
     except NothingToRent as error:
         raise NothingToRent(f"{error.message}; before that: {cause.message}", error.remedy) from cause
-    return replace(plan, ceiling=confirmed.ceiling)
+    return replace(plan, ceiling=confirmed.ceiling, caps=confirmed.caps, boxes=confirmed.boxes)
 
 
 def _take(world: World, plan: Plan) -> Rental:
@@ -258,4 +323,5 @@ __all__ = [
     "preflight",
     "settle",
     "up",
+    "up_all",
 ]

@@ -32,6 +32,8 @@ FORGIVEN_S = 14 * 86_400.0
 OURS = ("down", "interrupted", "reap", "its `selfhost up` is gone")
 """Ends of boxes that their machines had no part in."""
 MIB = 2**20
+LEAST_SHARE = 0.1
+"""Dollars: for less a box is over before it was of use."""
 SUBSTITUTE = 1.25
 """What another machine may cost, as a multiple of the confirmed one's $/h, unless --max-price said what may be paid."""
 
@@ -101,8 +103,8 @@ def search(world: World, *, everything: bool = False) -> Search:
     return Search(need, settings.model, download, choice, settings.sandbox, shape, _least(settings), counted)
 
 
-def make_plan(world: World, account: Account | None = None) -> Plan:
-    """What to rent now. `account`: as it was just told; else it is asked for.
+def make_plan(world: World, account: Account | None = None, boxes: int = 1) -> Plan:
+    """What to rent now, `boxes` times. `account`: as it was just told; else it is asked for.
 
     Raises NothingToRent with the reasons, NoCredit when the account cannot pay.
     """
@@ -117,7 +119,7 @@ def make_plan(world: World, account: Account | None = None) -> Plan:
         raise nothing(found)
     account = account or world.provider.account()
     best = choice.ranked[0]
-    least = best.offer.dph_total * (best.ready_s / 3600 + 1 / 6)
+    least = boxes * best.offer.dph_total * (best.ready_s / 3600 + 1 / 6)
     if account.credit < least:
         raise NoCredit(
             f"the account has ${account.credit:.2f}; getting ready and ten minutes of work cost ${least:.2f}",
@@ -127,7 +129,7 @@ def make_plan(world: World, account: Account | None = None) -> Plan:
         lease_s=round(settings.lease * 60),
         idle_s=round(settings.idle * 60),
         max_s=round(settings.hours * 3600),
-        max_dollars=settings.max_spend,
+        max_dollars=_share(world, boxes),
     )
     return Plan(
         choice=choice,
@@ -143,7 +145,24 @@ def make_plan(world: World, account: Account | None = None) -> Plan:
         ceiling=ceiling(settings, best.offer.dph_total),
         pick=pick,
         fit=Fit(found.counted, found.shape, best.offer.gpu_ram_mb * MIB) if found.counted else None,
+        boxes=boxes,
     )
+
+
+def _share(world: World, boxes: int) -> float:
+    """Dollars that each of so many may cost beside those that are there: the cap is for the sum.
+
+    Each box's watchdog keeps its own share, without us and without knowing of the others.
+    """
+    held = [rental.caps.max_dollars for rental in world.ledger.live()]
+    share = (world.settings.max_spend - sum(held)) / boxes
+    if held and share < LEAST_SHARE:
+        raise UsageError(
+            f"the boxes that run may cost ${sum(held):g} already, and --max-spend is ${world.settings.max_spend:g} for "
+            "all of them together",
+            f"Pass a larger one: `selfhost up --boxes {len(held) + boxes} --max-spend {sum(held) + boxes:.0f}`.",
+        )
+    return share
 
 
 def check_context(settings: Settings) -> None:

@@ -45,6 +45,11 @@ def use_model(world: World) -> Rental:
 
 def _ready(world: World) -> Rental:
     live = world.ledger.live()
+    if len(live) > 1:
+        raise UsageError(
+            f"there are {len(live)} boxes, and all of them are to serve the same",
+            "Another model for several boxes: `selfhost down`, then `selfhost up --boxes N --model NAME`.",
+        )
     for rental in live:
         if rental.state is State.READY:
             return rental

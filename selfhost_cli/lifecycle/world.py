@@ -78,6 +78,8 @@ class World(Books):
     """What its memory can be counted with, None when that is not known. Raises UsageError like `find_model`."""
     pick: Pick | None = None
     """The one offer to rent, and no other in its place."""
+    spreads: Callable[[], bool] = lambda: False
+    """Whether conversations can be spread over several boxes."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Plan:
     """It was picked: `choice` has this one alone."""
     fit: Fit | None = None
     """How the model's memory adds up on the best one's card; None when it is not known."""
+    boxes: int = 1
+    """To rent one after the other, each as planned here."""
 
     @property
     def context(self) -> int:

@@ -48,6 +48,8 @@ from selfhost_cli.proxy.web import (
 PROVE = "/selfhost/prove"
 BACKEND = "x-selfhost-backend"
 """In every answer: who gave it."""
+BOX = "x-selfhost-box"
+"""And which rented box, by its label."""
 RETRY_AFTER = 5
 ELSEWHERE = frozenset({402, 403, 429, 500, 502, 503, 504, 529})
 """Refusals that say nothing about the request: another backend may take it."""
@@ -112,9 +114,16 @@ class Usage:
 Control = Callable[[Json], Awaitable[Json]]
 Failed = Callable[["Upstream", str], bool]
 """Where a request went and why nothing came of it; whether another backend may serve it instead."""
+Assign = Callable[["Upstream", str, "Upstream | None"], Awaitable["Upstream"]]
+"""What serves, a conversation ("" for none), and where it just came to nothing, if so; to which box it goes."""
 Heard = Callable[[str, bytes], None]
 """A user agent, and the body of a request that Claude Code made for itself, before it is answered."""
 Result = TypeVar("Result")
+
+
+async def _alone(target: Upstream, session: str, avoid: Upstream | None) -> Upstream:
+    """Where there is one box."""
+    return target
 
 
 def build_front(
@@ -126,13 +135,14 @@ def build_front(
     cache: Cache | None = None,
     on_main: Heard = lambda agent, body: None,
     on_failed: Failed = lambda target, why: False,
+    assign: Assign = _alone,
 ) -> web.Application:
     """The application. Host it with `web.runner`, so that a client that is gone cancels what it asked for.
 
     `upstream` is asked at every request. `control` is served as `POST /selfhost/<name>`: a JSON object in and out; to
     refuse, it raises `errors.ProxyError`.
     """
-    return _Front(token, upstream, status, on_usage, control, cache, on_main, on_failed).application()
+    return _Front(token, upstream, status, on_usage, control, cache, on_main, on_failed, assign).application()
 
 
 def proof(token: str, nonce: str, port: int) -> str:
@@ -152,6 +162,7 @@ class _Front:
         cache: Cache | None,
         on_main: Heard,
         on_failed: Failed,
+        assign: Assign,
     ) -> None:
         self._token = token
         self._upstream = upstream
@@ -161,6 +172,7 @@ class _Front:
         self._cache = cache
         self._on_main = on_main
         self._on_failed = on_failed
+        self._assign = assign
         self._known: tuple[Upstream, Served | None, float] | None = None
         self._last: Served | None = None
         self._asking = asyncio.Lock()
@@ -272,7 +284,7 @@ class _Front:
 
     async def _pass(self, http: web.Request, body: bytes, recipient: Recipient) -> None:
         """The request to the box, and its answer to whoever is to get it. Raises ProxyError when there is none."""
-        target = self._upstream()
+        target = await self._target(http)
         if isinstance(target, Away):
             trace().outcome = "away"
             raise overloaded(f"the box is {target.state}: {target.reason}", target.retry_after)
@@ -284,7 +296,7 @@ class _Front:
             raise await _refusal(answer)  # its status would come too late
         trace().cls = request_class(http) if metered else "other"
         meter = _Meter(streaming=answer.content_type == "text/event-stream") if metered else None
-        relayed = _Relayed(recipient, meter, target.backend)
+        relayed = _Relayed(recipient, meter, target)
         try:
             broken = await relayed.run(answer)
             if broken:
@@ -329,7 +341,7 @@ class _Front:
             try:
                 return await _send(self._fresh, http, body, target), target
             except (aiohttp.ClientConnectionError, OSError):
-                back = await self._back(target) if wait else None
+                back = await self._back(http, target) if wait else None
                 if not back:
                     raise
                 return await _send(self._fresh, http, body, back), back
@@ -342,7 +354,7 @@ class _Front:
         self, http: web.Request, body: bytes, broken: Upstream
     ) -> tuple[aiohttp.ClientResponse, Upstream] | str:
         """The head of the second try on the next connection; else why there is none, "" when that did not come."""
-        back = await self._back(broken)
+        back = await self._back(http, broken)
         if back is None:
             return ""
         try:
@@ -351,16 +363,22 @@ class _Front:
         except (aiohttp.ClientError, OSError) as error:
             return reason_of(error)
 
-    async def _back(self, broken: Upstream) -> Upstream | None:
+    async def _target(self, http: web.Request, avoid: Upstream | None = None) -> Upstream | Away:
+        """Where a request goes; not to `avoid`, if there is another box."""
+        target = self._upstream()
+        return target if isinstance(target, Away) else await self._assign(target, _conversation(http), avoid)
+
+    async def _back(self, http: web.Request, broken: Upstream) -> Upstream | None:
         """The next connection after one that broke; None when it does not come in time, or the old one was kept."""
         began = asyncio.get_running_loop().time()
         while (waited := asyncio.get_running_loop().time() - began) < BACK_S:
-            target = self._upstream()
+            target = await self._target(http)
             if isinstance(target, Upstream):
                 if target.url != broken.url:
                     return target
                 if waited > SETTLED_S:
-                    return None
+                    other = await self._target(http, broken)
+                    return other if isinstance(other, Upstream) and other.url != broken.url else None
             await asyncio.sleep(LOOK_S)
         return None
 
@@ -379,10 +397,10 @@ class _Front:
 class _Relayed:
     """One answer on its way from the box to the client, as it comes; a second one where the first came to nothing."""
 
-    def __init__(self, recipient: Recipient, meter: _Meter | None, backend: str) -> None:
+    def __init__(self, recipient: Recipient, meter: _Meter | None, target: Upstream) -> None:
         self._recipient = recipient
         self._meter = meter
-        self._backend = backend
+        self._target = target
 
     async def run(self, answer: aiohttp.ClientResponse) -> str:
         """Why it broke off before anything but pings had come of it, else ""."""
@@ -410,7 +428,7 @@ class _Relayed:
 
     async def _begin(self, answer: aiohttp.ClientResponse) -> None:
         kept = [(key, value) for key, value in answer.headers.items() if key.lower() not in NOT_RELAYED]
-        kept.append((BACKEND, self._backend))
+        kept += [(BACKEND, self._target.backend), (BOX, self._target.rental)]
         await self._recipient.begin(answer.status, answer.reason, CIMultiDict(kept), answer.content_length)
 
     async def _pass_on(self, answer: aiohttp.ClientResponse) -> str:
@@ -543,6 +561,13 @@ def _headers(http: web.Request, target: Upstream) -> CIMultiDict[str]:
     headers["authorization"] = f"Bearer {target.token}"
     headers["accept-encoding"] = "identity"
     return headers
+
+
+def _conversation(http: web.Request) -> str:
+    """What prompts of one conversation have in common; a subagent's is another one, with another prompt."""
+    session = http.headers.get("x-claude-code-session-id") or http.headers.get("x-session-id") or ""
+    agent = http.headers.get("x-claude-code-agent-id", "")
+    return f"{session}:{agent}" if session and agent else session
 
 
 def _usage(data: str | bytes) -> Json:

@@ -763,7 +763,7 @@ def test_a_machine_that_fails_is_destroyed_and_the_next_one_tried(stage: Stage) 
     second = len(verbs) - 1 - verbs[::-1].index("create")
     assert "instances" in verbs[verbs.index("destroy") : second]
     assert told[second][1] - told[verbs.index("destroy")][1] >= 5
-    choice = make_plan(stage.world).choice
+    choice = make_plan(replace(stage.world, settings=replace(stage.world.settings, max_spend=20.0))).choice
     assert [(refusal.offer.machine_id, refusal.why) for refusal in choice.refused] == [
         (1, f"this machine failed before: {first.reason}")
     ]

@@ -1,0 +1,132 @@
+"""Several boxes of one `up`: one after the other, each with all rules of one, and one cap for the sum."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from selfhost_cli import lifecycle
+from selfhost_cli.config import Source
+from selfhost_cli.errors import BoxFailed, NotSetUp, Superseded, UsageError
+from selfhost_cli.ledger import Ledger
+from selfhost_cli.lifecycle import Plan, World
+from selfhost_cli.model import BoxSpec, BoxState, Rental, State
+from tests.fakes.rental import make_rental
+from tests.unit import test_lifecycle
+from tests.unit.test_lifecycle import Stage, interrupt_once
+
+front = test_lifecycle.front
+stage = test_lifecycle.stage
+
+
+def world(stage: Stage, **flags: object) -> World:
+    settings = stage.world.settings
+    sources = dict(settings.sources) | dict.fromkeys(flags, Source.FLAG)
+    settings = replace(settings, **flags, sources=sources)  # type: ignore[arg-type]
+    return replace(stage.world, settings=settings, spreads=lambda: True)
+
+
+def up(stage: Stage, boxes: int, **flags: object) -> list[Rental]:
+    return lifecycle.up_all(world(stage, **flags), lambda plan: True, boxes)
+
+
+def labels(stage: Stage) -> set[str]:
+    return {box.label for box in stage.market.boxes.values()}
+
+
+def test_each_is_rented_once_and_all_of_them_are_confirmed_once(stage: Stage) -> None:
+    plans: list[Plan] = []
+    made = lifecycle.up_all(world(stage, max_spend=6.0), lambda plan: not plans.append(plan), 3)  # type: ignore[func-returns-value]
+    assert [rental.state for rental in made] == [State.READY] * 3
+    assert len({rental.instance_id for rental in made}) == stage.market.creates == stage.billed == 3
+    assert [plan.boxes for plan in plans] == [3]
+    assert [rental.caps.max_dollars for rental in made] == [2.0, 2.0, 2.0]
+
+
+def test_what_runs_already_is_counted_in(stage: Stage) -> None:
+    (first,) = up(stage, 1, max_spend=2.0)
+    made = up(stage, 3, max_spend=6.0)
+    assert made[0].label == first.label
+    assert stage.billed == 3
+    assert sum(rental.caps.max_dollars for rental in made) == 6.0
+    assert [rental.label for rental in up(stage, 2)] == [rental.label for rental in made]
+    assert stage.market.creates == 3
+
+
+def test_the_cap_in_dollars_is_for_the_sum(stage: Stage) -> None:
+    up(stage, 1, max_spend=5.0)
+    with pytest.raises(UsageError, match=r"may cost \$5 already, and --max-spend is \$5 for all") as caught:
+        up(stage, 2, max_spend=5.0)
+    assert "--boxes 2 --max-spend 6" in caught.value.remedy
+    assert stage.billed == 1
+
+
+def test_another_box_serves_the_same(stage: Stage) -> None:
+    up(stage, 1)
+    settings = stage.world.settings
+    sources = dict(settings.sources) | {"model": Source.FILE}
+    settings = replace(settings, model="another", max_spend=9.0, sources=sources)
+    changed = replace(world(stage), settings=settings)
+    with pytest.raises(UsageError, match="another box would serve another"):
+        lifecycle.up_all(changed, lambda plan: True, 2)
+    assert stage.billed == 1
+
+
+def test_without_the_router_nothing_is_rented(stage: Stage) -> None:
+    with pytest.raises(NotSetUp, match="vllm-router") as caught:
+        lifecycle.up_all(stage.world, lambda plan: True, 2)
+    assert "selfhost-cli[boxes]" in caught.value.remedy
+    assert stage.market.creates == 0
+
+
+def test_a_box_that_fails_is_ended_and_those_that_serve_go_on(stage: Stage) -> None:
+    def fail_from_the_second_on(verb: str) -> None:
+        if verb == "create" and stage.market.creates >= 1:
+            stage.market.state = BoxState.FAILED
+
+    stage.market.before = fail_from_the_second_on
+    with pytest.raises(BoxFailed):
+        up(stage, 3)
+    (live,) = stage.ledger.live()
+    assert live.state is State.READY
+    assert labels(stage) == {live.label}
+
+
+@pytest.mark.parametrize("verb", ["create", "get", "connect"])
+def test_an_interrupt_ends_what_was_not_ready_yet(stage: Stage, verb: str) -> None:
+    up(stage, 1, max_spend=2.0)
+    (first,) = stage.ledger.live()
+    interrupt_once(stage, verb)
+    with pytest.raises(KeyboardInterrupt):
+        up(stage, 3, max_spend=6.0)
+    assert [rental.label for rental in stage.ledger.live()] == [first.label]
+    assert labels(stage) == {first.label}
+
+
+def test_one_that_was_being_made_is_gone_on_with(stage: Stage) -> None:
+    up(stage, 1, max_spend=2.0)
+    (first,) = stage.ledger.live()
+    label = f"{stage.world.prefix}killed"
+    number = stage.market.create(stage.market.stock[1], BoxSpec(label, "image", 30.0, "true", {}))
+    left = replace(first, label=label, state=State.BOOTING, instance_id=number, endpoint=None, ready_at=None)
+    stage.ledger.intend(left)
+    made = up(stage, 1)
+    assert [rental.state for rental in made] == [State.READY, State.READY]
+    assert stage.market.creates == 2
+
+
+def test_down_ends_all_of_them(stage: Stage) -> None:
+    up(stage, 3, max_spend=6.0)
+    assert len(stage.down().invoices) == 3
+    assert stage.billed == 0
+
+
+def test_one_at_a_time_is_neither_ready_nor_over(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    ledger.intend(make_rental("a", state=State.READY))
+    ledger.intend(make_rental("b", state=State.BOOTING))
+    with pytest.raises(Superseded, match="rental b is not finished"):
+        ledger.intend(make_rental("c"))
+    ledger.close()
