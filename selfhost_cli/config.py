@@ -83,6 +83,10 @@ class Paths:
         return self.state / "keeper.json"
 
     @property
+    def fleet(self) -> Path:
+        return self.state / "fleet.json"
+
+    @property
     def keeper_lock(self) -> Path:
         return self.state / "keeper.lock"
 

@@ -140,9 +140,13 @@ def up(
     ] = None,
     unguarded: Annotated[bool | None, _setting("unguarded", "--unguarded")] = None,
     boxes: Annotated[
-        int | None,
-        typer.Option(min=1, max=99, help="So many boxes; --max-spend is for all together.", show_default=False),
-    ] = None,
+        str,
+        typer.Option(
+            help="So many boxes, or 1..3 for more while requests wait; --max-spend is for all together.",
+            metavar="N|MIN..MAX",
+            show_default=False,
+        ),
+    ] = "",
     machine: Annotated[
         str,
         typer.Option("--ssh", help="Rent nothing: install on this machine of your own.", metavar="USER@HOST"),
@@ -154,7 +158,7 @@ def up(
     json: Json = False,
 ) -> None:
     """Rent a box, or resume the one already paid for, and launch Claude Code against it."""
-    from selfhost_cli import lifecycle, old_variables
+    from selfhost_cli import fleet, lifecycle, old_variables
     from selfhost_cli.cli import launch as launching
     from selfhost_cli.cli import offers, progress, render, wiring, words
 
@@ -184,6 +188,7 @@ def up(
             launching.claude(settings.profile, claude_args or [])
         return
     wanted = offers.picked(settings, pick)
+    least, most = fleet.parse(boxes) if boxes else (1, 0)
 
     def confirm(plan: lifecycle.Plan) -> bool:
         with talk.aside():
@@ -198,7 +203,7 @@ def up(
         if remark := old_variables.remark(os.environ, settings.paths.state):
             words.say(words.in_profile(f"selfhost: {remark}", settings.profile))
         world = dataclasses.replace(world, pick=wanted)
-        rentals = lifecycle.up_all(world, confirm, boxes or 1, needs_claude=launch)
+        rentals = lifecycle.up_all(world, confirm, least, most, needs_claude=launch)
         url = world.keeper.start().url
         talk.settle()
         if json:  # in here: where it cannot be written, a box is billed

@@ -90,12 +90,14 @@ def plan(value: Plan) -> None:
 
 
 def _several(value: Plan) -> list[tuple[str, str]]:
-    if value.boxes == 1:
+    count = value.boxes + value.later
+    if count == 1 and not value.later:
         return []
-    each, together = value.caps.max_dollars, value.caps.max_dollars * value.boxes
-    most = value.boxes * value.ceiling
-    said = f"{value.boxes}, one after the other; at most ${most:.2f}/h and ${together:.2f} in all, ${each:.2f} each"
-    return [("boxes", f"{said}. What follows is of one")]
+    each, together = value.caps.max_dollars, value.caps.max_dollars * count
+    now = f"{value.boxes}, one after the other" if value.boxes else "none now"
+    later = f", and up to {value.later} more without asking, while requests wait" if value.later else ""
+    most = f"at most ${count * value.ceiling:.2f}/h and ${together:.2f} in all, ${each:.2f} each"
+    return [("boxes", f"{now}{later}; {most}. What follows is of one")]
 
 
 def _lines(value: Plan) -> list[tuple[str, str]]:

@@ -94,7 +94,7 @@ class Boxes:
             self._passed_over[avoid.rental] = self._clock()
             async with self._changing:
                 await self._update(avoid.rental)
-        if self._chosen() < 2:
+        if self.choices < 2:
             return self._only(first)
         key = session or uuid.uuid4().hex
         began = self._clock()
@@ -128,7 +128,8 @@ class Boxes:
         if self._session:
             await self._session.close()
 
-    def _chosen(self) -> int:
+    @property
+    def choices(self) -> int:
         """Between how many boxes the router chooses."""
         return sum(1 for door in self._doors.values() if door.known is not None)
 

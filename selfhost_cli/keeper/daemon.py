@@ -28,6 +28,7 @@ from selfhost_cli.keeper.links import Line, Link, LinkState
 from selfhost_cli.keeper.log import Log
 from selfhost_cli.keeper.notice import Notice
 from selfhost_cli.keeper.prewarming import Prewarming
+from selfhost_cli.keeper.scaling import Scaling
 from selfhost_cli.keeper.serving import Serving, probe
 from selfhost_cli.ledger import Ledger, Usage
 from selfhost_cli.lock import ProcessLock
@@ -87,6 +88,7 @@ class _Keeper:
         self._prewarming = Prewarming(settings)
         self._serving_now = Serving(settings, self._box, self._spent, os.environ, partial(wiring.forward, settings))
         self._boxes = Boxes(self._reached, router.words if router.there() else None)
+        self._scaling = Scaling(settings, self._boxes.healths, os.environ)
         self._probing = 0
         self._began = time.monotonic()
         self._stop = asyncio.Event()
@@ -112,6 +114,7 @@ class _Keeper:
             self._settings.paths.keeper_file.unlink(missing_ok=True)
             self._notice.tell("")
             self._prewarming.stop()
+            self._scaling.stop()
             for link in self._links.values():
                 link.stop()
             await self._serving_now.stop()
@@ -147,6 +150,7 @@ class _Keeper:
             self._relink()
             self._note_links()
             self._prewarming.tick([*self._reached(), *self._serving_now.machines()])
+            self._scaling.tick(self._rentals)
             self._end_what_nobody_uses()
             self._warn()
         except SelfhostError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
+from selfhost_cli import fleet
 from selfhost_cli.config import Settings, Source
 from selfhost_cli.errors import (
     BoxFailed,
@@ -27,6 +28,7 @@ from selfhost_cli.errors import (
     TooOften,
     UsageError,
 )
+from selfhost_cli.fleet import Fleet
 from selfhost_cli.ledger import LedgerBroken
 from selfhost_cli.lifecycle.ending import check_market, down, finish, headline, lost_ledger, prove, settle
 from selfhost_cli.lifecycle.identity import replace_at_last
@@ -51,8 +53,12 @@ def up(world: World, confirm: Callable[[Plan], bool], *, needs_claude: bool = Tr
     return up_all(world, confirm, 1, needs_claude=needs_claude)[0]
 
 
-def up_all(world: World, confirm: Callable[[Plan], bool], boxes: int, *, needs_claude: bool = True) -> list[Rental]:
+def up_all(
+    world: World, confirm: Callable[[Plan], bool], boxes: int, most: int = 0, *, needs_claude: bool = True
+) -> list[Rental]:
     """Bring so many ready boxes up: resume or reuse what is already paid for, rent what is missing.
+
+    `most`: as many as the keeper may make of them while requests wait; 0 leaves what holds.
 
     One after the other, so that never more than one is neither ready nor over. Returns the READY ones, oldest first.
     """
@@ -66,25 +72,29 @@ def up_all(world: World, confirm: Callable[[Plan], bool], boxes: int, *, needs_c
         # Held from here on, so that a `down` which begins now ends us before it proves that nothing is left.
         if ProcessLock(world.settings.paths.down_lock).holder() is not None:
             raise UsageError("a `selfhost down` of this profile is running", "Run `selfhost up` again when it is done.")
-        if boxes > 1:
+        if max(boxes, most) > 1:
             _check_spreading(world)
         account = preflight(world, needs_claude=needs_claude)
         live = _unfinished(world, account)
         missing = max(0, boxes - len(live))
+        later = max(0, most - max(boxes, len(live)))
         for rental in live:
-            _check_wishes(world, rental, alone=len(live) == 1 and not missing)
-            if missing:
+            _check_wishes(world, rental, alone=len(live) == 1 and not missing + later)
+            if missing + later:
                 _check_alike(world, rental)
         ready = [_attach(world, rental) for rental in live if rental.state is State.READY]
         for rental in live:
             if rental.state is not State.READY:
                 ready.append(_guarded(world, lambda unready=rental: advance(world, unready), spared=ready))  # type: ignore[misc]
-        if missing:
-            plan = make_plan(world, account, missing)
+        if missing + later:
+            plan = make_plan(world, account, missing, later)
             if not confirm(plan):
                 raise SelfhostError("nothing was rented")
-            ready += _rent_all(world, plan, ready)
-        return ready
+            if later:
+                fleet.remember(world.settings.paths, Fleet(most, plan.caps.max_dollars, plan.ceiling))
+        if most and not later:
+            fleet.forget(world.settings.paths)
+        return [*ready, *_rent_all(world, plan, ready)] if missing else ready
 
 
 def _check_spreading(world: World) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from selfhost_cli import config
+from selfhost_cli import config, fleet
 from selfhost_cli.errors import (
     KeyRefused,
     MarketError,
@@ -39,6 +39,8 @@ def down(books: Books, *, everything: bool = False) -> Ended:
             lock.acquire()  # a second `down` beside us does no harm: everything here may be done twice
         except OSError as error:  # a disk that is full or gone must not keep the bill running
             books.report(Event("down", "note", f"{lock.path} cannot be written: {error.strerror}"))
+        with suppress(OSError):
+            fleet.forget(books.settings.paths)
         rentals, broken = _record_ending(books)
         check_market(books, rentals)
         lost = lost_ledger(books)

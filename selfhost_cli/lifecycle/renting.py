@@ -103,8 +103,8 @@ def search(world: World, *, everything: bool = False) -> Search:
     return Search(need, settings.model, download, choice, settings.sandbox, shape, _least(settings), counted)
 
 
-def make_plan(world: World, account: Account | None = None, boxes: int = 1) -> Plan:
-    """What to rent now, `boxes` times. `account`: as it was just told; else it is asked for.
+def make_plan(world: World, account: Account | None = None, boxes: int = 1, later: int = 0) -> Plan:
+    """What to rent now, `boxes` times, and maybe `later`. `account`: as it was just told; else it is asked for.
 
     Raises NothingToRent with the reasons, NoCredit when the account cannot pay.
     """
@@ -129,7 +129,7 @@ def make_plan(world: World, account: Account | None = None, boxes: int = 1) -> P
         lease_s=round(settings.lease * 60),
         idle_s=round(settings.idle * 60),
         max_s=round(settings.hours * 3600),
-        max_dollars=_share(world, boxes),
+        max_dollars=_share(world, boxes + later),
     )
     return Plan(
         choice=choice,
@@ -146,6 +146,7 @@ def make_plan(world: World, account: Account | None = None, boxes: int = 1) -> P
         pick=pick,
         fit=Fit(found.counted, found.shape, best.offer.gpu_ram_mb * MIB) if found.counted else None,
         boxes=boxes,
+        later=later,
     )
 
 

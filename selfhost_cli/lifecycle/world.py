@@ -105,6 +105,8 @@ class Plan:
     """How the model's memory adds up on the best one's card; None when it is not known."""
     boxes: int = 1
     """To rent one after the other, each as planned here."""
+    later: int = 0
+    """So many more the keeper may rent while requests wait."""
 
     @property
     def context(self) -> int:

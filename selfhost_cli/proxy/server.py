@@ -151,6 +151,7 @@ class _EngineSide:
             "digest": health.facts.get("digest") or self._settings.digest,
             "context": health.context or None,
             "slots": self._admission.slots,
+            "requests": {"running": self._admission.running, "waiting": self._admission.waiting},
             "components": {"proxy": {"status": "healthy"}, self._engine.name: engine},
             "usage": self._usage,
             "prefix": self._prewarm.told(),

@@ -78,3 +78,25 @@ def test_three_boxes_keep_thirty_conversations_and_one_may_die(stage: Stage) -> 
             assert after[session] == last[session] == box
     stage.ask("down")
     assert stage.billed == 0
+
+
+def test_while_requests_wait_another_box_is_rented_without_asking(stage: Stage) -> None:
+    stage.up("--boxes", "1..2", "--max-spend", "6")
+    assert stage.billed == 1
+    front = attach.find(stage.paths)
+    assert front
+    with ThreadPoolExecutor(8) as pool:
+        asked = []
+
+        def rented() -> bool:
+            asked.extend(pool.submit(turn, front, f"busy-{len(asked)}-{number}", 12) for number in range(8))
+            for one in asked[-8:]:
+                one.result()
+            return stage.billed == 2
+
+        until(rented, 200)
+    until(lambda: json.loads(stage.ask("status", "--json").out)[-1]["rental"]["state"] == "ready", 100)
+    rows = json.loads(stage.ask("status", "--json").out)
+    assert [row["rental"]["caps"]["max_dollars"] for row in rows] == [3.0, 3.0]
+    stage.ask("down")
+    assert stage.billed == 0

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from selfhost_cli import lifecycle
+from selfhost_cli import fleet, lifecycle
 from selfhost_cli.config import Source
-from selfhost_cli.errors import BoxFailed, NotSetUp, Superseded, UsageError
+from selfhost_cli.errors import BoxFailed, NotSetUp, SelfhostError, Superseded, UsageError
+from selfhost_cli.fleet import Fleet
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.lifecycle import Plan, World
 from selfhost_cli.model import BoxSpec, BoxState, Rental, State
@@ -115,6 +116,47 @@ def test_one_that_was_being_made_is_gone_on_with(stage: Stage) -> None:
     made = up(stage, 1)
     assert [rental.state for rental in made] == [State.READY, State.READY]
     assert stage.market.creates == 2
+
+
+def test_what_may_be_rented_later_is_confirmed_and_counted_in(stage: Stage) -> None:
+    plans: list[Plan] = []
+    made = lifecycle.up_all(world(stage, max_spend=6.0), lambda plan: not plans.append(plan), 1, 3)  # type: ignore[func-returns-value]
+    assert [(plan.boxes, plan.later) for plan in plans] == [(1, 2)]
+    assert [rental.caps.max_dollars for rental in made] == [2.0]
+    assert fleet.recall(stage.world.settings.paths) == Fleet(3, 2.0, plans[0].ceiling)
+    more = lifecycle.up_all(world(stage, max_spend=6.0), lambda plan: True, 2, 3)
+    assert [rental.caps.max_dollars for rental in more] == [2.0, 2.0]
+    assert fleet.recall(stage.world.settings.paths) == Fleet(3, 2.0, plans[0].ceiling)
+    up(stage, 2)
+    assert fleet.recall(stage.world.settings.paths), "a plain `up` leaves it"
+    lifecycle.up_all(world(stage), lambda plan: True, 2, 2)
+    assert fleet.recall(stage.world.settings.paths) is None
+
+
+def test_what_was_not_confirmed_is_not_rented_later(stage: Stage) -> None:
+    up(stage, 1, max_spend=2.0)
+    with pytest.raises(SelfhostError, match="nothing was rented"):
+        lifecycle.up_all(world(stage, max_spend=6.0), lambda plan: False, 1, 3)
+    assert fleet.recall(stage.world.settings.paths) is None
+
+
+def test_down_ends_the_renting_of_more(stage: Stage) -> None:
+    lifecycle.up_all(world(stage, max_spend=6.0), lambda plan: True, 1, 3)
+    stage.down()
+    assert fleet.recall(stage.world.settings.paths) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"), [("1", (1, 1)), ("3", (3, 3)), ("1..3", (1, 3)), ("2..2", (2, 2)), ("99", (99, 99))]
+)
+def test_a_number_or_a_range(text: str, counts: tuple[int, int]) -> None:
+    assert fleet.parse(text) == counts
+
+
+@pytest.mark.parametrize("text", ["0", "0..2", "3..1", "100", "1..", "..3", "-1", "1.5", "a", "1..2..3", "1 ..3"])
+def test_what_is_no_number_of_boxes(text: str) -> None:
+    with pytest.raises(UsageError, match="from 1 to 99"):
+        fleet.parse(text)
 
 
 def test_down_ends_all_of_them(stage: Stage) -> None:

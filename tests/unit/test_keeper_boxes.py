@@ -95,7 +95,7 @@ class House:
 
         async def look() -> bool:
             await self.boxes.tick(self.ready)
-            return self.boxes._chosen() == chosen
+            return self.boxes.choices == chosen
 
         for _ in range(400):
             if await look():

@@ -1,0 +1,50 @@
+"""How many boxes there may be: what was confirmed once, and what the keeper goes by when it rents another one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+
+from selfhost_cli.config import Paths
+from selfhost_cli.errors import UsageError
+
+MOST = 99
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """`most` boxes; each that is rented later may cost `share` dollars in all and `ceiling` dollars per hour."""
+
+    most: int
+    share: float
+    ceiling: float
+
+
+def parse(text: str) -> tuple[int, int]:
+    """`N` or `MIN..MAX`: the least and the most. Raises UsageError."""
+    found = re.fullmatch(r"(\d{1,2})(?:\.\.(\d{1,2}))?", text)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most <= MOST:
+        raise UsageError(f"--boxes {text}: it is a number, or two as in 1..3, from 1 to {MOST}")
+    return least, most
+
+
+def remember(paths: Paths, fleet: Fleet) -> None:
+    draft = paths.fleet.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps(asdict(fleet)))
+    draft.replace(paths.fleet)
+
+
+def recall(paths: Paths) -> Fleet | None:
+    """None where no more boxes may be rented than were asked for."""
+    try:
+        told = json.loads(paths.fleet.read_bytes())
+        return Fleet(int(told["most"]), float(told["share"]), float(told["ceiling"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def forget(paths: Paths) -> None:
+    paths.fleet.unlink(missing_ok=True)
