@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
 
-from selfhost_cli.config import Settings
+from selfhost_cli import backends
+from selfhost_cli.backends import LABEL
+from selfhost_cli.config import Paths, Settings
 from selfhost_cli.errors import UsageError
 from selfhost_cli.invoice import Invoice, invoice
 from selfhost_cli.ledger import Usage
@@ -82,6 +84,19 @@ class Report:
     estimated: int
     """So many of the month's rentals the market has no figures for yet."""
     sold: tuple[Sold, ...] = ()
+
+
+def sold(paths: Paths, usages: Mapping[str, Usage]) -> tuple[Sold, ...]:
+    """What of it backends answered, by the prices that hold now. Raises UsageError when their file cannot be read."""
+    of_backends = {label: used for label, used in usages.items() if label.startswith(LABEL)}
+    known = {one.label: one for one in backends.load(paths).values()} if of_backends else {}
+    found = []
+    for label, used in of_backends.items():
+        one = known.get(label)
+        new = used.input_tokens - used.cached_tokens
+        dollars = one.price(new, used.cached_tokens, used.output_tokens) if one else None
+        found.append(Sold(label.removeprefix(LABEL), used, dollars))
+    return tuple(found)
 
 
 def report(

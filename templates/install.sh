@@ -492,7 +492,7 @@ watch_file() {
   ticks=0 seen='' since=$(date +%s) ended=''
   slow_since=0 mark=$(size_of "$1") all_mark=$(received)
   # In ticks: a quarter of the time after which slow is too slow.
-  slice=$((${SELFHOST_SLOW_S:-20} * 5 / 4))
+  slice=$((${SELFHOST_SLOW_S:-20} * 5 / 4)) && [ "$slice" -gt 0 ] || slice=1
   while kill -0 "$job" 2>/dev/null; do
     sleep 0.2
     ticks=$((ticks + 1))

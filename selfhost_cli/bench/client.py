@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -139,6 +140,7 @@ class Client:
 async def connected(front: Front, wish: str, clock: Callable[[], float] = time.perf_counter) -> AsyncIterator[Client]:
     # plain http on loopback: no proxy of the environment's, no certificates
     headers = {"Authorization": f"Bearer {front.token}", "x-claude-code-request-class": CLASS}
+    headers["x-session-id"] = uuid.uuid4().hex  # of several boxes, all of it at one
     async with httpx.AsyncClient(
         base_url=front.url, headers=headers, timeout=SILENT_S, trust_env=False, verify=False
     ) as http:

@@ -54,9 +54,9 @@ class Tally:
 
     @property
     def dollars(self) -> float:
-        """The box's time, or the service's tokens."""
-        if self.serving.rental:
-            return (time.monotonic() - self.began) / 3600 * self.serving.rental.dph_total
+        """The time of all boxes, or the service's tokens."""
+        if boxes := self.serving.boxes:
+            return (time.monotonic() - self.began) / 3600 * sum(box.dph_total for box in boxes)
         new = self.input_tokens - self.cached_tokens
         return self.serving.price(new, self.cached_tokens, self.output_tokens)
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import closing
 
 from rich.markup import escape
 from rich.table import Table
 
-from selfhost_cli import backends, cost
-from selfhost_cli.backends import LABEL
+from selfhost_cli import cost
 from selfhost_cli.cli import progress, render, wiring
 from selfhost_cli.config import Settings
-from selfhost_cli.cost import Cost, PerMillion, Report, Row, Sold
+from selfhost_cli.cost import Cost, PerMillion, Report, Row
 from selfhost_cli.errors import MarketError, NotSetUp
-from selfhost_cli.ledger import Ledger, Usage
+from selfhost_cli.ledger import Ledger
 from selfhost_cli.lifecycle import billing
 from selfhost_cli.model import Event
 
@@ -32,22 +30,9 @@ def run(settings: Settings, month: str | None, *, json: bool) -> None:
             except (MarketError, NotSetUp) as error:
                 talk(Event("cost", "note", f"estimates stay estimates: {error.message}"))
             since, until = cost.span(wanted)
-            sold = _sold(settings, ledger.usages(since=since, until=until))
+            sold = cost.sold(settings.paths, ledger.usages(since=since, until=until))
             value = cost.report(ledger.all(), ledger.usages(), price, wanted, now=now, sold=sold)
     render.as_json(value) if json else _report(value)
-
-
-def _sold(settings: Settings, usages: Mapping[str, Usage]) -> list[Sold]:
-    """By the prices that hold now."""
-    known = {one.label: one for one in backends.load(settings.paths).values()}
-    found = []
-    for label, used in usages.items():
-        if label.startswith(LABEL):
-            one = known.get(label)
-            new = used.input_tokens - used.cached_tokens
-            dollars = one.price(new, used.cached_tokens, used.output_tokens) if one else None
-            found.append(Sold(label.removeprefix(LABEL), used, dollars))
-    return found
 
 
 def _ask_again(settings: Settings, ledger: Ledger, talk: progress.Talk) -> None:
@@ -58,7 +43,7 @@ def _ask_again(settings: Settings, ledger: Ledger, talk: progress.Talk) -> None:
 def _report(value: Report) -> None:
     for row in value.running:
         _running(row, value.list_price)
-    _backends(value)
+    render.sold(value.sold, f"in {value.month}")
     if not value.rentals:
         render.out.print(f"no rental began in {value.month}")
         return
@@ -74,13 +59,6 @@ def _report(value: Report) -> None:
         "[dim]A box is paid by the second: the dollars are split between tokens in, reused and out in the ratio of the "
         "list price.[/]"
     )
-
-
-def _backends(value: Report) -> None:
-    for one in value.sold:
-        used = one.usage
-        tokens = f"{used.input_tokens} in ({used.cached_tokens} reused), {used.output_tokens} out"
-        render.out.print(f"[bold]{escape(one.name):<14}[/]  {render.money(one.dollars)} in {value.month}: {tokens}")
 
 
 def _running(row: Row, price: PerMillion) -> None:

@@ -6,7 +6,7 @@ On the short way of `selfhost claude`: nothing here imports Typer, or what speak
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -117,13 +117,14 @@ def _chosen(settings: Settings, chain: Sequence[str]) -> tuple[Front, str, int]:
 class Serving:
     """Who answers now: the front's address, the model, how many requests at once, and what that costs.
 
-    `rental`: the box, None when something else was chosen. `price`: dollars for new, reused and written tokens there.
+    `boxes`: what is rented, none when something else was chosen. `price`: dollars for new, reused and written tokens
+    there.
     """
 
     front: Front
     model: str
     slots: int
-    rental: Rental | None
+    boxes: Sequence[Rental]
     price: Callable[[int, int, int], float]
 
 
@@ -135,8 +136,8 @@ def serving(settings: Settings, *, then: str) -> Serving:
     if chain != (backends.VAST,):
         front, model, _ = _chosen(settings, chain)
         first = backends.get(settings.paths, chain[0])
-        rented = _rented(settings) if first.kind is backends.Kind.VAST else None
-        return Serving(front, model, rented.slots if rented else first.slots, rented, first.price)
+        rented = _all_rented(settings) if first.kind is backends.Kind.VAST else []
+        return Serving(front, model, _slots(rented) or first.slots, rented, first.price)
     ledger = open_ledger(settings)
     try:
         rental = ready(ledger)
@@ -144,17 +145,27 @@ def serving(settings: Settings, *, then: str) -> Serving:
         wait_for_tunnel(front, ledger, rental, then=then)
     finally:
         ledger.close()
-    return Serving(front, rental.model, rental.slots, rental, lambda new, cached, out: 0.0)
+    rented = _all_rented(settings)
+    return Serving(front, rental.model, _slots(rented), rented, lambda new, cached, out: 0.0)
+
+
+def _slots(rentals: Iterable[Rental]) -> int:
+    return sum(rental.slots for rental in rentals)
 
 
 def _rented(settings: Settings) -> Rental | None:
+    return next(iter(_all_rented(settings)), None)
+
+
+def _all_rented(settings: Settings) -> list[Rental]:
+    """The boxes that are ready."""
     from selfhost_cli.model import State
 
     if _absent(settings.paths.ledger):
-        return None
+        return []
     ledger = open_ledger(settings)
     try:
-        return next((rental for rental in ledger.live() if rental.state is State.READY), None)
+        return [rental for rental in ledger.live() if rental.state is State.READY]
     finally:
         ledger.close()
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from selfhost_cli import countdown, health
 from selfhost_cli import status as state
 from selfhost_cli.cli import words
+from selfhost_cli.cost import Sold
 from selfhost_cli.countdown import Countdown
 from selfhost_cli.errors import MayBeBilling, SelfhostError
 from selfhost_cli.invoice import Invoice
@@ -103,9 +104,18 @@ def invoices(bills: Sequence[Invoice]) -> None:
         _invoice(bill)
 
 
+def sold(rows: Sequence[Sold], when: str) -> None:
+    """What backends answered that are no box, and at which price."""
+    for one in rows:
+        used = one.usage
+        tokens = f"{used.input_tokens} in ({used.cached_tokens} reused), {used.output_tokens} out"
+        out.print(f"[bold]{escape(one.name):<14}[/]  {money(one.dollars)} {when}: {tokens}")
+
+
 def ended(value: Ended) -> None:
     """The invoices, and the sentence that people came for."""
     invoices(value.invoices)
+    sold(value.sold, "beside the box")
     for box in value.unknown:
         out.print(f"also destroyed: box {box.id} ({escape(box.label)}), which the ledger did not know")
     if value.ledger_problem:

@@ -8,12 +8,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from selfhost_cli import config, fleet
+from selfhost_cli import config, cost, fleet
+from selfhost_cli.cost import Sold
 from selfhost_cli.errors import (
     KeyRefused,
     MarketError,
     MayBeBilling,
     TooOften,
+    UsageError,
 )
 from selfhost_cli.invoice import Invoice, ended
 from selfhost_cli.ledger import LedgerBroken
@@ -55,7 +57,16 @@ def down(books: Books, *, everything: bool = False) -> Ended:
             books.ledger.vouch()
         foreign = tuple(box for box in proof.others if box.label.startswith(ANY_INSTALLATION))
         bills = tuple(bill(books, rental) for rental in rentals)
-        return Ended(bills, proof.unknown, foreign, broken, alone=not proof.others)
+        return Ended(bills, proof.unknown, foreign, broken, alone=not proof.others, sold=_sold(books, rentals))
+
+
+def _sold(books: Books, rentals: Sequence[Rental]) -> tuple[Sold, ...]:
+    if not rentals:
+        return ()
+    with suppress(LedgerBroken, UsageError):  # the boxes are gone, and that is the news
+        since = min(rental.created_at for rental in rentals)
+        return cost.sold(books.settings.paths, books.ledger.usages(since=since))
+    return ()
 
 
 def finish(books: Books, rental: Rental, account: Account | None = None) -> Invoice:

@@ -10,6 +10,7 @@ from typing import Protocol
 from selfhost_cli import config, offers
 from selfhost_cli.attach import Front
 from selfhost_cli.config import Settings
+from selfhost_cli.cost import Sold
 from selfhost_cli.invoice import Invoice
 from selfhost_cli.ledger import Ledger
 from selfhost_cli.lifecycle.picking import Pick
@@ -127,6 +128,8 @@ class Ended:
     ledger_problem: str = ""
     alone: bool = False
     """The account is known to have nothing else."""
+    sold: tuple[Sold, ...] = ()
+    """What other backends answered since the first of these was rented."""
 
 
 def market_of(settings: Settings, account: Account) -> str:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from selfhost_cli import fleet, lifecycle
+from selfhost_cli import backends, fleet, lifecycle
+from selfhost_cli import ledger as ledger_module
+from selfhost_cli.backends import Backend, Kind
+from selfhost_cli.cli import render
 from selfhost_cli.config import Source
 from selfhost_cli.errors import BoxFailed, NotSetUp, SelfhostError, Superseded, UsageError
 from selfhost_cli.fleet import Fleet
-from selfhost_cli.ledger import Ledger
+from selfhost_cli.ledger import Ledger, Usage
 from selfhost_cli.lifecycle import Plan, World
 from selfhost_cli.model import BoxSpec, BoxState, Rental, State
 from tests.fakes.rental import make_rental
@@ -163,6 +166,23 @@ def test_down_ends_all_of_them(stage: Stage) -> None:
     up(stage, 3, max_spend=6.0)
     assert len(stage.down().invoices) == 3
     assert stage.billed == 0
+
+
+def test_the_invoice_has_what_services_cost_beside_the_box(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ledger_module.time, "time", stage.clock.time)
+    stage.ledger.add_usage("backend-sold", "main", Usage(1, 9_000_000, 0, 0))  # before there was a box
+    stage.clock.sleep(10)
+    up(stage, 1)
+    sold = Backend("sold", Kind.OPENAI, url="https://sold.test", model="m", price_in=2.0, price_out=8.0)
+    backends.add(stage.world.settings.paths, sold)
+    stage.ledger.add_usage("backend-sold", "main", Usage(1, 1_000_000, 0, 500_000))
+    stage.ledger.add_usage("backend-removed", "main", Usage(1, 10, 0, 10))
+    ended = stage.down()
+    assert {one.name: one.dollars for one in ended.sold} == {"sold": 6.0, "removed": None}
+    render.ended(ended)
+    assert "$6.00 beside the box: 1000000 in (0 reused), 500000 out" in capsys.readouterr().out
 
 
 def test_one_at_a_time_is_neither_ready_nor_over(tmp_path: Path) -> None:
