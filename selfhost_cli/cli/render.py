@@ -202,6 +202,7 @@ def status_rows(value: state.Status) -> Sequence[tuple[str, str]]:
         ("proxy", escape(str(value.box.get("status") or "not asked"))),
         *([("prefix", escape(told))] if (told := _prefix(value.box.get("prefix"))) else []),
         ("tokens", f"{usage.input_tokens} in, {usage.output_tokens} out, {usage.requests} requests{_repaired(value)}"),
+        *([("lately", told)] if (told := _lately(value)) else []),
         *([("from the cache", _saved(value.so_far))] if value.so_far.saved else []),
         ("so far", _so_far(value.so_far)),
         ("ends by itself", limits(rental.caps) if rental.guarded else UNGUARDED),
@@ -270,6 +271,14 @@ def _countdown(one: Countdown) -> str:
     why = {"idle": "without a request", "hours": "by --hours", "dollars": "by --max-spend", "lease": "without us"}
     clock = time.strftime("%H:%M" if one.seconds < 12 * 3600 else "%a %H:%M", time.localtime(one.at))
     return f"{countdown.in_words(one.seconds)} {why[one.why]} ({clock})"
+
+
+def _lately(value: state.Status) -> str:
+    """What the box is at, "" where its proxy does not say."""
+    match value.box:
+        case {"tokens_per_s": float(rate) | int(rate), "requests": {"running": int(running), "waiting": int(waiting)}}:
+            return f"{rate:.1f} tokens/s out in the last minute; {running} requests run, {waiting} wait"
+    return ""
 
 
 def _repaired(value: state.Status) -> str:

@@ -128,7 +128,7 @@ class _Keeper:
         while not self._stop.is_set():
             self._tick()
             await self._serving_now.tick()
-            await self._boxes.tick([rental.label for rental in self._rentals if rental.state is State.READY])
+            await self._spread()
             if self._needed():
                 idle_since = time.monotonic()
             elif time.monotonic() - idle_since > IDLE_EXIT_S:
@@ -137,6 +137,12 @@ class _Keeper:
                 await asyncio.wait_for(self._stop.wait(), TICK_S)
             except TimeoutError:
                 pass
+
+    async def _spread(self) -> None:
+        try:
+            await self._boxes.tick([rental.label for rental in self._rentals if rental.state is State.READY])
+        except Exception:
+            log.exception("spreading conversations over boxes")  # the keeper also renews their leases
 
     def _needed(self) -> bool:
         if self._up.holder() is not None or self._serving_now.needs_us or self._probing:

@@ -9,6 +9,7 @@ import sys
 import threading
 
 PROGRAM = "vllm_router.launch_router"
+PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
 OPTIONS = [
     *("--policy", "sticky_least_loaded", "--health-check-endpoint", "/", "--disable-retries"),
     *("--health-check-interval-secs", "2", "--health-failure-threshold", "1", "--health-success-threshold", "1"),
@@ -28,7 +29,9 @@ def words(port: int, metrics: int) -> list[str]:
 
 def main() -> int:
     # A process of its own: it never lets go of the interpreter, so no thread beside it would hear of the end.
-    child = subprocess.Popen([sys.executable, "-m", PROGRAM, *sys.argv[1:]], stdin=subprocess.DEVNULL)
+    # The keys in our environment are none of its business.
+    env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    child = subprocess.Popen([sys.executable, "-m", PROGRAM, *sys.argv[1:]], stdin=subprocess.DEVNULL, env=env)
     threading.Thread(target=_end_with_stdin, args=(child,), daemon=True).start()
     return child.wait()
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
 import sys
-from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from subprocess import DEVNULL
 
 from selfhost_cli import fleet
 from selfhost_cli.config import Settings
@@ -20,6 +21,8 @@ from selfhost_cli.model import Rental, State
 from selfhost_cli.wait import SYSTEM, Clock
 
 LOOK_EVERY_S = 5.0
+ENDED_S = 0.5
+"""Between two looks whether `selfhost up` is over."""
 BUSY_S = 30.0
 """So long requests have to wait, at every look, before another box is rented."""
 AGAIN_S = 600.0
@@ -34,13 +37,11 @@ log = logging.getLogger("selfhost.keeper")
 
 
 async def _run(words: Sequence[str], env: Mapping[str, str]) -> int:
-    process = await asyncio.create_subprocess_exec(
-        *words, env=dict(env), stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE, start_new_session=True
-    )
-    assert process.stderr
-    async for line in process.stderr:
-        log.info("another box: %s", line.decode(errors="replace").rstrip())
-    return await process.wait()
+    """What it says is in the keeper's log. It goes on when nobody waits for it any more."""
+    process = subprocess.Popen(words, env=dict(env), stdin=DEVNULL, stdout=DEVNULL, start_new_session=True)
+    while process.poll() is None:
+        await asyncio.sleep(ENDED_S)
+    return process.returncode
 
 
 class Scaling:

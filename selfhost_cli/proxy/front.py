@@ -49,7 +49,7 @@ PROVE = "/selfhost/prove"
 BACKEND = "x-selfhost-backend"
 """In every answer: who gave it."""
 BOX = "x-selfhost-box"
-"""And which rented box, by its label."""
+"""And under which label the ledger has it: a rented box, say."""
 RETRY_AFTER = 5
 ELSEWHERE = frozenset({402, 403, 429, 500, 502, 503, 504, 529})
 """Refusals that say nothing about the request: another backend may take it."""

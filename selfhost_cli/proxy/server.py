@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ from selfhost_cli.proxy.web import (
     trace,
 )
 
+RATE_S = 60.0
+"""Over so long tokens per second are counted."""
 ENGINE_ANSWER_S = 5.0
 """For /health: less than whoever asks waits for us."""
 
@@ -95,6 +98,8 @@ class _EngineSide:
         self._metrics = Metrics(self._admission)
         self._clients = 0
         self._usage = {"requests": 0, "input_tokens": 0, "output_tokens": 0, "repaired_calls": 0}
+        self._written: deque[tuple[float, int]] = deque()
+        """When an answer was over, and its tokens: those of the last RATE_S."""
         self._lengths = Lengths()
         served = f"{engine.name} {settings.model} {settings.digest}"
         self._prewarm = Prewarm(served, engine, self._admission, lambda: run.engine_start, settings.ready_every)
@@ -154,6 +159,7 @@ class _EngineSide:
             "requests": {"running": self._admission.running, "waiting": self._admission.waiting},
             "components": {"proxy": {"status": "healthy"}, self._engine.name: engine},
             "usage": self._usage,
+            "tokens_per_s": self._rate(),
             "prefix": self._prewarm.told(),
             "watchdog": self._run.watched(),
         }
@@ -325,6 +331,14 @@ class _EngineSide:
         trace().output_tokens = narrator.output_tokens
         self._usage["input_tokens"] += narrator.prompt.total
         self._usage["output_tokens"] += narrator.output_tokens
+        self._written.append((time.monotonic(), narrator.output_tokens))
+        self._rate()
+
+    def _rate(self) -> float:
+        """Tokens per second that were written lately; what is being written counts once it is over."""
+        while self._written and time.monotonic() - self._written[0][0] > RATE_S:
+            self._written.popleft()
+        return round(sum(tokens for _, tokens in self._written) / RATE_S, 1)
 
     async def _background(self, app: web.Application) -> AsyncIterator[None]:
         jobs = (self._touch(), self._await_ready(), self._keep_slots(), self._prewarm.run())

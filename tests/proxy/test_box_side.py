@@ -230,6 +230,8 @@ async def test_health_tells_the_context_and_what_was_used(tmp_path: Path) -> Non
         "llamacpp": "healthy",
     }
     assert health["usage"] == {"requests": 2, "input_tokens": 40, "output_tokens": 14, "repaired_calls": 0}
+    assert health["tokens_per_s"] == round(14 / 60, 1)
+    assert health["requests"] == {"running": 0, "waiting": 0}
 
 
 @asynchronous

@@ -296,13 +296,17 @@ async def test_each_box_says_how_it_is() -> None:
 
 
 @asynchronous
-async def test_the_router_ends_with_whoever_started_it() -> None:
+async def test_the_router_ends_with_whoever_started_it_and_is_told_no_key() -> None:
     """Killed, that one cannot end it: the end of its stdin has to."""
     port = free_port()
-    process = subprocess.Popen(router.words(port, free_port()), stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    env = dict(os.environ) | {"SELFHOST_API_KEY": "a-key"}
+    words = router.words(port, free_port())
+    process = subprocess.Popen(words, env=env, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         await eventually(lambda: _listens(port), 30)
         assert process.stdin
+        [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert b"a-key" not in Path(f"/proc/{child}/environ").read_bytes()
         process.stdin.close()
         await eventually(lambda: not _listens(port))
         assert process.wait(5) is not None
