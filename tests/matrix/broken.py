@@ -116,7 +116,7 @@ RULES = {
     "up rents although a rental lives": Broken(
         4,
         (
-            (lifecycle._unfinished, "return live[0] if live else None", "return None"),
+            (lifecycle._unfinished, "    return world.ledger.live()\n", "    return []\n"),
             (Ledger.intend, "        if other:\n", "        if False:\n"),
         ),
         Group("up", "none", then=("up",)),
@@ -136,7 +136,13 @@ RULES = {
     ),
     "Ctrl-C ends a box that was ready before": Broken(
         5,
-        ((lifecycle.up, "return _attach(world, rental)", "return _guarded(world, lambda: _attach(world, rental))"),),
+        (
+            (
+                lifecycle.up_all,
+                "[_attach(world, rental) for",
+                "[_guarded(world, lambda one=rental: _attach(world, one), ()) for",
+            ),
+        ),
         Group("up, on a ready box", "none", "ctrl-c", ("down",), every=True),
         "Ctrl-C ended a box that was ready before",
     ),
