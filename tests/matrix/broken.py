@@ -118,6 +118,7 @@ RULES = {
         (
             (lifecycle._unfinished, "    return world.ledger.live()\n", "    return []\n"),
             (Ledger.intend, "        if other:\n", "        if False:\n"),
+            (renting._share, "if held and share < LEAST_SHARE:", "if False:"),
         ),
         Group("up", "none", then=("up",)),
         "a second box was rented while one was alive",
