@@ -5,21 +5,32 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from selfhost_cli.config import Paths
 from selfhost_cli.errors import UsageError
 
 MOST = 99
+CENT = 0.01
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """`most` boxes; each that is rented later may cost `share` dollars in all and `ceiling` dollars per hour."""
+    """`most` boxes; each that is rented later may cost `share` dollars in all and `ceiling` dollars per hour.
+
+    `dollars`: all of them together, with those that ended since this was confirmed, at `since` (Unix time).
+    """
 
     most: int
     share: float
     ceiling: float
+    dollars: float
+    since: float
+
+    def renewed(self, before: Fleet | None) -> Fleet:
+        """This one, as what was confirmed `before` goes on with it: what was spent then counts."""
+        same = before and before.most == self.most and abs(before.share - self.share) < CENT
+        return replace(self, dollars=before.dollars, since=before.since) if before and same else self
 
 
 def parse(text: str) -> tuple[int, int]:
@@ -41,7 +52,8 @@ def recall(paths: Paths) -> Fleet | None:
     """None where no more boxes may be rented than were asked for."""
     try:
         told = json.loads(paths.fleet.read_bytes())
-        return Fleet(int(told["most"]), float(told["share"]), float(told["ceiling"]))
+        figures = (float(told[name]) for name in ("share", "ceiling", "dollars", "since"))
+        return Fleet(int(told["most"]), *figures)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -88,7 +88,7 @@ class _Keeper:
         self._prewarming = Prewarming(settings)
         self._serving_now = Serving(settings, self._box, self._spent, os.environ, partial(wiring.forward, settings))
         self._boxes = Boxes(self._reached, router.words if router.there() else None)
-        self._scaling = Scaling(settings, self._boxes.healths, os.environ)
+        self._scaling = Scaling(settings, self._boxes.healths, self._spent_on_boxes, os.environ)
         self._probing = 0
         self._began = time.monotonic()
         self._stop = asyncio.Event()
@@ -324,6 +324,15 @@ class _Keeper:
         except SelfhostError:
             return float("inf")
         return backend.price(used.input_tokens - used.cached_tokens, used.cached_tokens, used.output_tokens)
+
+    def _spent_on_boxes(self, since: float) -> float:
+        """Dollars, of rentals that began since and have ended; all of them when the ledger cannot be read."""
+        try:
+            over = [one for one in self._ledger.all() if one.created_at >= since and one.state is State.ENDED]
+        except SelfhostError:
+            return float("inf")
+        now = time.time()
+        return sum(invoice.invoice(one, Usage(), now=now).most for one in over if one.instance_id)
 
     def _on_usage(self, usage: front.Usage) -> None:
         try:

@@ -32,6 +32,8 @@ IDLE_MINUTES = 15.0
 
 Start = Callable[[Sequence[str], Mapping[str, str]], Awaitable[int]]
 Healths = Callable[[], Awaitable[Mapping[str, object]]]
+Spent = Callable[[float], float]
+"""Dollars of the rentals that began since then (Unix time) and have ended."""
 
 log = logging.getLogger("selfhost.keeper")
 
@@ -51,12 +53,14 @@ class Scaling:
         self,
         settings: Settings,
         healths: Healths,
+        spent: Spent,
         env: Mapping[str, str],
         start: Start = _run,
         clock: Clock = SYSTEM,
     ) -> None:
         self._settings = settings
         self._healths = healths
+        self._spent = spent
         self._env = env
         self._start = start
         self._clock = clock
@@ -94,6 +98,8 @@ class Scaling:
         if now - self._busy_since < BUSY_S:
             return
         self._busy_since = None
+        if not self._affordable(wanted, rentals):
+            return
         log.info("%d requests wait for a slot of %d boxes: renting another one", waiting, len(rentals))
         words = [sys.executable, "-m", "selfhost_cli", "--profile", self._settings.profile]
         words += ["up", "--yes", "--detach", "--boxes", f"{len(rentals) + 1}..{wanted.most}"]
@@ -105,6 +111,17 @@ class Scaling:
         if code:
             log.error("no other box was rented: status %d; nothing is tried for %.0f s", code, AGAIN_S)
             self._not_before = self._clock.monotonic() + AGAIN_S
+
+    def _affordable(self, wanted: Fleet, rentals: Sequence[Rental]) -> bool:
+        held, spent = sum(rental.caps.max_dollars for rental in rentals), self._spent(wanted.since)
+        if held + spent + wanted.share <= wanted.dollars + fleet.CENT:
+            return True
+        log.warning(
+            "requests wait, and no other box is rented: $%.2f are spent and $%.2f spoken for, of $%.2f",
+            *(spent, held, wanted.dollars),
+        )
+        self._not_before = self._clock.monotonic() + AGAIN_S
+        return False
 
 
 def _waiting(health: object) -> int:

@@ -91,10 +91,19 @@ def up_all(
             if not confirm(plan):
                 raise SelfhostError("nothing was rented")
             if later:
-                fleet.remember(world.settings.paths, Fleet(most, plan.caps.max_dollars, plan.ceiling))
-        if most and not later:
+                _remember(world, plan, most)
+        if not later and (most or not live):  # a new first box is not to bring back what was meant for the last ones
             fleet.forget(world.settings.paths)
         return [*ready, *_rent_all(world, plan, ready)] if missing else ready
+
+
+def _remember(world: World, plan: Plan, most: int) -> None:
+    """What the keeper may rent later, as it was confirmed now; or before, if this is the keeper's own `up`."""
+    share, paths = plan.caps.max_dollars, world.settings.paths
+    held = [rental.caps.max_dollars for rental in world.ledger.live()]
+    dollars = sum(held) + (plan.boxes + plan.later) * share
+    wanted = Fleet(most, share, plan.ceiling, dollars, world.clock.time())
+    fleet.remember(paths, wanted.renewed(fleet.recall(paths) if held else None))
 
 
 def _check_spreading(world: World) -> None:

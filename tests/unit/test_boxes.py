@@ -13,7 +13,6 @@ from selfhost_cli.backends import Backend, Kind
 from selfhost_cli.cli import render
 from selfhost_cli.config import Source
 from selfhost_cli.errors import BoxFailed, NotSetUp, SelfhostError, Superseded, UsageError
-from selfhost_cli.fleet import Fleet
 from selfhost_cli.ledger import Ledger, Usage
 from selfhost_cli.lifecycle import Plan, World
 from selfhost_cli.model import BoxSpec, BoxState, Rental, State
@@ -126,10 +125,13 @@ def test_what_may_be_rented_later_is_confirmed_and_counted_in(stage: Stage) -> N
     made = lifecycle.up_all(world(stage, max_spend=6.0), lambda plan: not plans.append(plan), 1, 3)  # type: ignore[func-returns-value]
     assert [(plan.boxes, plan.later) for plan in plans] == [(1, 2)]
     assert [rental.caps.max_dollars for rental in made] == [2.0]
-    assert fleet.recall(stage.world.settings.paths) == Fleet(3, 2.0, plans[0].ceiling)
+    confirmed = fleet.recall(stage.world.settings.paths)
+    assert confirmed
+    assert (confirmed.most, confirmed.share, confirmed.ceiling, confirmed.dollars) == (3, 2.0, plans[0].ceiling, 6.0)
+    stage.clock.sleep(100)
     more = lifecycle.up_all(world(stage, max_spend=6.0), lambda plan: True, 2, 3)
     assert [rental.caps.max_dollars for rental in more] == [2.0, 2.0]
-    assert fleet.recall(stage.world.settings.paths) == Fleet(3, 2.0, plans[0].ceiling)
+    assert fleet.recall(stage.world.settings.paths) == confirmed, "the keeper's own `up` begins no new sum"
     up(stage, 2)
     assert fleet.recall(stage.world.settings.paths), "a plain `up` leaves it"
     lifecycle.up_all(world(stage), lambda plan: True, 2, 2)
@@ -140,6 +142,14 @@ def test_what_was_not_confirmed_is_not_rented_later(stage: Stage) -> None:
     up(stage, 1, max_spend=2.0)
     with pytest.raises(SelfhostError, match="nothing was rented"):
         lifecycle.up_all(world(stage, max_spend=6.0), lambda plan: False, 1, 3)
+    assert fleet.recall(stage.world.settings.paths) is None
+
+
+def test_a_new_first_box_does_not_bring_back_what_was_confirmed_for_the_last_ones(stage: Stage) -> None:
+    lifecycle.up_all(world(stage, max_spend=6.0), lambda plan: True, 1, 3)
+    stage.market.boxes.clear()  # its watchdog ended it
+    stage.clock.sleep(3600)
+    up(stage, 1)
     assert fleet.recall(stage.world.settings.paths) is None
 
 

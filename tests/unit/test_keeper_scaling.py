@@ -27,9 +27,14 @@ class House:
         self.waiting: list[object] = [0]
         self.started: list[tuple[Sequence[str], Mapping[str, str]]] = []
         self.code = 0
+        self.spent = 0.0
         self.rentals: list[Rental] = [make_rental("a", state=State.READY, caps=CAPS)]
-        self.scaling = Scaling(self.settings, self._healths, {"HOME": "/nowhere"}, self._start, self.clock)
-        fleet.remember(self.settings.paths, Fleet(3, 2.0, 0.5))
+        self.scaling = Scaling(self.settings, self._healths, self._ended, {"HOME": "/nowhere"}, self._start, self.clock)
+        fleet.remember(self.settings.paths, Fleet(3, 2.0, 0.5, 6.0, 7.0))
+
+    def _ended(self, since: float) -> float:
+        assert since == 7.0
+        return self.spent
 
     async def _healths(self) -> Mapping[str, object]:
         return {str(number): {"requests": {"waiting": one}} for number, one in enumerate(self.waiting)}
@@ -110,6 +115,15 @@ async def test_one_that_could_not_be_had_is_tried_again_later(house: House) -> N
     assert len(house.started) == 1
     await house.run(3 * BUSY_S)
     assert len(house.started) == 2
+
+
+@asynchronous
+@pytest.mark.parametrize(("spent", "rented"), [(2.0, 1), (2.1, 0)])
+async def test_what_ended_boxes_cost_is_in_the_sum(house: House, spent: float, rented: int) -> None:
+    """A rush after the other must not cost more than was confirmed."""
+    house.waiting, house.spent = [2], spent
+    await house.run(2 * BUSY_S)
+    assert len(house.started) == rented
 
 
 @asynchronous
