@@ -105,7 +105,7 @@ def number_of(values: Iterable[float]) -> Number:
     known = sorted(values)
     if len(known) < 2:
         return Number(known[0], None)
-    low, _, high = statistics.quantiles(known, n=4)
+    low, _, high = statistics.quantiles(known, n=4, method="inclusive")
     return Number(statistics.median(known), high - low)
 
 

@@ -64,8 +64,8 @@ def attention(found: Mapping[str, Any]) -> Attention | None:
             return None
         state = _state(get) * sum(1 for n in range(layers) if (n + 1) % every or not kv_heads[n])
         made = tuple(Layers(count, *group) for group, count in groups.items())
-    except (TypeError, IndexError, ZeroDivisionError):
-        return None  # a key is missing, or of another type
+    except (TypeError, ValueError, IndexError, ZeroDivisionError):
+        return None  # a key is missing, empty, or of another type
     return Attention(made, native, state)
 
 

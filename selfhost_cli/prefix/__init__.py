@@ -26,6 +26,8 @@ ANSWERED = b'"role":"assistant"'
 LARGEST = 4 * 2**20
 AGENT = re.compile(r"claude-cli/(?P<version>\d[\w.-]*) \(external, (?P<mode>[a-z-]+)")
 REMINDER = "<system-reminder>"
+QUOTING = ("Called the ", "Result of calling ")
+"""How a reminder begins that shows the model what a tool said."""
 KEPT = ("system", "tools", "thinking", "output_config")
 """What chat templates make the beginning of a prompt from; the messages follow."""
 
@@ -95,14 +97,19 @@ class Store:
 
 
 def _without_words(message: Mapping[str, Any]) -> Json | None:
-    """As Claude Code made it; what stands beside its reminders is the user's."""
+    """As Claude Code made it; what stands beside its reminders is the user's, and so are files that they named."""
     role, content = message["role"], message["content"]
     if role == "system":
         return {"role": role, "content": content}
     blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = [block["text"] for block in blocks if block.get("type") == "text"]
-    ours = [{"type": "text", "text": text} for text in texts if text.startswith(REMINDER)]
+    ours = [{"type": "text", "text": text} for text in texts if text.startswith(REMINDER) and not _quotes(text)]
     return {"role": role, "content": ours} if ours else None
+
+
+def _quotes(reminder: str) -> bool:
+    """Whether it is what a tool was asked and answered before the model was: a file named with @, say."""
+    return reminder.removeprefix(REMINDER).lstrip().startswith(QUOTING)
 
 
 def _texts(messages: list[Json]) -> str:

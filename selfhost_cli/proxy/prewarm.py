@@ -76,9 +76,8 @@ class Prewarm:
         if name not in self._wishes and len(self._wishes) == MOST:
             raise invalid(f"there are {MOST} prefixes already: {', '.join(self._wishes)}")
         request = replace(request, max_tokens=1, stream=True)
-        digest = hashlib.sha256(encode([self._served, request.system, request.tools, request.messages])).hexdigest()[
-            :16
-        ]
+        whole = [self._served, request.system, request.tools, request.messages, request.thinking, request.effort]
+        digest = hashlib.sha256(encode(whole)).hexdigest()[:16]
         if (before := self._wishes.get(name)) and before.digest == digest:
             return
         self._wishes[name] = wish = _Wish(request, digest)
@@ -166,7 +165,8 @@ class Prewarm:
 
 def _same_head(one: Request, other: Request) -> bool:
     """What templates put first, and what is by far the most of it."""
-    return one.system == other.system and one.tools == other.tools
+    heads = ((each.system, each.tools, each.thinking, each.effort) for each in (one, other))
+    return next(heads) == next(heads)
 
 
 def _learn(wish: _Wish, request: Request, prompt: Prompt) -> None:

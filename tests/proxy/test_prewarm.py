@@ -81,6 +81,16 @@ async def test_the_same_wish_again_is_not_read_again(tmp_path: Path) -> None:
 
 
 @asynchronous
+async def test_one_that_thinks_begins_otherwise_and_is_read_anew(tmp_path: Path) -> None:
+    stub = LlamaStub(script=[*ANSWER])
+    async with proxied(stub, tmp_path) as proxy:
+        await wish(proxy, WISH | {"thinking": {"type": "disabled"}})
+        await until(proxy, is_("warm"))
+        await wish(proxy, WISH | {"thinking": {"type": "enabled", "budget_tokens": 1024}})
+        await until(proxy, lambda prefix: is_("warm")(prefix) and len(stub.asked) == 2)
+
+
+@asynchronous
 async def test_a_client_does_not_wait_for_it_and_it_goes_on_afterwards(tmp_path: Path) -> None:
     never = asyncio.Event()
     stub = LlamaStub(script=[started(), never])

@@ -132,7 +132,7 @@ def test_the_tables_tell_each_figure_once_with_its_unit(capsys: pytest.CaptureFi
 def test_of_more_rounds_the_spread_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(measured(1024, rounds=3), capsys, rounds=3)
     assert "medians of up to 3 rounds" in lines[1]
-    assert row(lines, "first token, cold") == ["1.06", "s", "(0.074)"]
+    assert row(lines, "first token, cold") == ["1.06", "s", "(0.037)"]
 
 
 def test_no_figure_is_cut_off_however_many_lengths_there_are(capsys: pytest.CaptureFixture[str]) -> None:

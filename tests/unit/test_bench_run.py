@@ -284,7 +284,7 @@ def test_nothing_measured_is_no_figure() -> None:
 
 
 def test_a_number_is_the_median_with_the_range_of_the_middle_half() -> None:
-    assert dataclasses.astuple(number_of([5.0, 1.0, 3.0])) == (3.0, 4.0)
+    assert dataclasses.astuple(number_of([5.0, 1.0, 3.0])) == (3.0, 2.0)
     assert dataclasses.astuple(number_of([5.0])) == (5.0, None), "of one value there is no spread"
 
 

@@ -171,3 +171,8 @@ def test_a_file_on_this_machine_is_counted_without_any_registry(tmp_path: Path) 
     assert found.weights == file.stat().st_size
     assert found.attention == attention("qwen3moe")
     assert found.model
+
+
+def test_an_empty_list_of_heads_is_none_that_can_be_counted() -> None:
+    found = gguf.metadata(io.BytesIO(made("qwen3moe", QWEN)))
+    assert gguf.attention({**found, "qwen3moe.attention.head_count": []}) is None

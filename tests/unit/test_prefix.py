@@ -49,6 +49,14 @@ def test_all_is_kept_but_what_the_user_said_and_who_they_are() -> None:
     assert "user said" not in repr(prefix)
 
 
+@pytest.mark.parametrize("quote", ["Called the Read tool with secret.py", "Result of calling the Read tool: KEY = 1"])
+def test_files_that_the_user_named_are_theirs(quote: str) -> None:
+    """Claude Code shows them to the model as reminders."""
+    shown = {"type": "text", "text": f"<system-reminder>\n{quote}\n</system-reminder>"}
+    body = known(messages=[{"role": "user", "content": [REMINDER, shown]}, PLACE]).body
+    assert body["messages"] == [{"role": "user", "content": [REMINDER]}, PLACE]
+
+
 @pytest.mark.parametrize("said", ["the words of the user", [{"type": "text", "text": "the words of the user"}]])
 def test_a_message_of_nothing_else_is_left_out(said: Any) -> None:
     assert known(messages=[{"role": "user", "content": said}, PLACE]).body["messages"] == [PLACE]
